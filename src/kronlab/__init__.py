@@ -1,0 +1,8 @@
+"""kronlab: reproduction lab for Kronecker-structured adapters (CDKA, Kron-LoRA)."""
+
+from __future__ import annotations
+
+from kronlab.adapters import CdkaConfig, KronLoraConfig
+
+__version__ = "0.1.0"
+__all__ = ["CdkaConfig", "KronLoraConfig", "__version__"]

@@ -1,0 +1,55 @@
+"""Kronecker adapters as PEFT tuners; importing this package makes PEFT know the methods CDKA and KRON_LORA.
+
+``kron`` is the operator on plain tensors, ``base`` what the two tuners share, ``cdka`` and ``kron_lora`` the
+methods, ``peft_hook`` the one place that touches PEFT's internals.
+"""
+
+from __future__ import annotations
+
+from kronlab.adapters.base import (
+    BrokenAdapterError,
+    KronConfig,
+    KronLinear,
+    TiedWeightError,
+    UnsupportedLayerError,
+    adapter_layers,
+)
+from kronlab.adapters.cdka import (
+    CdkaComponents,
+    CdkaConfig,
+    CdkaLinear,
+    CdkaModel,
+    load_authors_state_dict,
+    to_authors_state_dict,
+)
+from kronlab.adapters.kron_lora import (
+    KronLoraComponents,
+    KronLoraConfig,
+    KronLoraLinear,
+    KronLoraModel,
+    default_d_a2,
+)
+from kronlab.adapters.peft_hook import register
+
+register("cdka", CdkaConfig, CdkaModel, prefix="cdka_")
+register("kron_lora", KronLoraConfig, KronLoraModel, prefix="kron_lora_")
+
+__all__ = [
+    "BrokenAdapterError",
+    "CdkaComponents",
+    "CdkaConfig",
+    "CdkaLinear",
+    "CdkaModel",
+    "KronConfig",
+    "KronLinear",
+    "KronLoraComponents",
+    "KronLoraConfig",
+    "KronLoraLinear",
+    "KronLoraModel",
+    "TiedWeightError",
+    "UnsupportedLayerError",
+    "adapter_layers",
+    "default_d_a2",
+    "load_authors_state_dict",
+    "to_authors_state_dict",
+]

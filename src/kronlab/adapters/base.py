@@ -1,0 +1,606 @@
+"""What CDKA and Kron-LoRA share as PEFT tuners: configuration, layer and model.
+
+A method adds its components (sizes of its factors, derived from the layer's dimensions), its parameters with
+their initialisation, and the two functions of :mod:`kronlab.adapters.kron` that apply and form its ΔW.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from kronlab.adapters.peft_hook import BaseTuner, BaseTunerLayer, PeftConfig, check_adapters_to_merge
+from kronlab.errors import ConfigError, DimensionError, KronlabError
+
+logger = logging.getLogger(__name__)
+
+SCALINGS = ("cdka", "rslora", "lora")
+INITS = ("kaiming", "gaussian", "orthogonal")
+
+
+class UnsupportedLayerError(KronlabError, TypeError):
+    """A targeted module is of a type that these adapters cannot wrap."""
+
+
+class TiedWeightError(KronlabError, ValueError):
+    """Merging would change a weight that another module shares."""
+
+
+class BrokenAdapterError(KronlabError, ValueError):
+    """An adapter holds non-finite weights."""
+
+
+# -------------------------------------------------------------------------------------- integers and patterns
+
+
+def divisors(n: int) -> list[int]:
+    """All divisors of n >= 1, ascending."""
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return small + [n // d for d in reversed(small) if d * d != n]
+
+
+def nearest_divisor(n: int, wanted: float) -> int:
+    """The divisor of n nearest to ``wanted``, the smaller of two equally near."""
+    return min(divisors(n), key=lambda d: (abs(d - wanted), d))
+
+
+def near_square(n: int) -> int:
+    """The smaller of the two most nearly equal factors of n: 4096 -> 64, 14336 -> 112, 32000 -> 160."""
+    return max(d for d in divisors(n) if d * d <= n)
+
+
+def match_pattern(patterns: Mapping[str, Any], module_name: str) -> str | None:
+    """The pattern that decides for a module, or None.
+
+    A pattern matches as in PEFT's ``rank_pattern``: as a regular expression, against the whole module name or
+    its end after a dot. Of several that match the longest decides, then the first in the alphabet: a saved
+    config comes back with its keys sorted, so the order in which they were written cannot be what decides.
+    """
+    hits = [pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", module_name)]
+    return min(hits, key=lambda pattern: (-len(pattern), pattern)) if hits else None
+
+
+# ---------------------------------------------------------------------------------------------- configuration
+
+
+class Components(Protocol):
+    """Sizes of one adapter's factors in one layer."""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each factor; their elements add up to the adapter's parameters."""
+
+    def max_rank(self) -> int:
+        """Largest rank that ΔW can have."""
+
+    def predicted_alignment(self) -> float | None:
+        """Expected cosine between the first step's ΔW and the full gradient; None: no formula known."""
+
+
+@dataclass
+class KronConfig(PeftConfig):
+    """Fields that both methods have; see :class:`CdkaConfig` and :class:`KronLoraConfig`."""
+
+    r: int = field(default=8, metadata={"help": "Number of components (CDKA), or rank of B1·B2 (Kron-LoRA)."})
+    alpha: float = field(default=32, metadata={"help": "Numerator α of the scale λ."})
+    scaling: str | float = field(
+        default="lora",
+        metadata={"help": "λ: 'rslora' α/√r | 'lora' α/r | a number, λ itself (α is then unused)."},
+    )
+    dropout: float = field(default=0.0, metadata={"help": "Dropout probability on the adapter's input."})
+    init_weights: str = field(
+        default="kaiming",
+        metadata={
+            "help": "Start of the factors that are not zero then: 'kaiming' uniform with a=√5 | 'gaussian' of "
+            "variance 1/fan_in | 'orthogonal' (orthonormal rows, or columns where those are fewer). "
+            "One factor always starts at zero, and ΔW with it."
+        },
+    )
+    target_modules: list[str] | str | None = field(
+        default="all-linear",
+        metadata={
+            "help": "Module names (matched at their end), one regular expression for the full name, or "
+            "'all-linear': every linear layer but the output layer."
+        },
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Module names or one regular expression: not to be adapted."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules to be trained in full and saved with the adapter."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Index or indices of the only blocks to be adapted."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the list of blocks; only with layers_to_transform."}
+    )
+    bias: str = field(
+        default="none",
+        metadata={
+            "help": "Biases to be trained: 'none' | 'all' | 'cdka_only' or 'kron_lora_only' (adapted layers)."
+        },
+    )
+    lm_head: bool = field(
+        default=False,
+        metadata={
+            "help": "Adapt the output embedding too, whatever target_modules selects; exclude_modules wins."
+        },
+    )
+    on_indivisible: str = field(
+        default="error",
+        metadata={
+            "help": "Where a component does not divide its dimension: 'error' | 'fit' takes the nearest "
+            "divisor (the smaller of two) and logs it."
+        },
+    )
+    r_pattern: dict[str, int] = field(
+        default_factory=dict,
+        metadata={"help": "Regular expression of module names -> r there; the longest decides."},
+    )
+    alpha_pattern: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "Regular expression of module names -> α there."}
+    )
+
+    # Name of the module that lm_head=True adds; the tuner finds it. No field: it belongs to the model.
+    output_module: ClassVar[str | None] = None
+    method: ClassVar[str] = ""
+    # Fields for a component that must divide a dimension, and words that they accept instead of a number.
+    component_fields: ClassVar[tuple[str, ...]] = ()
+    component_words: ClassVar[tuple[Any, ...]] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # as PEFT's own configs do
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        where = type(self).__name__
+        self._check_count("r", self.r)
+        _check_positive(where, "alpha", self.alpha)
+        for name in self.component_fields:
+            self._check_component(name, getattr(self, name))
+        if isinstance(self.scaling, str):
+            if self.scaling not in self._scalings():
+                allowed = ", ".join(self._scalings())
+                raise ConfigError(
+                    f"{where}: scaling={self.scaling!r} is unknown; use {allowed}, or a number for λ"
+                )
+        elif isinstance(self.scaling, bool) or not isinstance(self.scaling, int | float):
+            raise ConfigError(f"{where}: scaling={self.scaling!r} is neither a name nor a number")
+        elif not math.isfinite(self.scaling):
+            raise ConfigError(f"{where}: scaling={self.scaling!r} is not a finite number")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"{where}: dropout={self.dropout!r} is not in [0, 1)")
+        _check_choice(where, "init_weights", self.init_weights, INITS)
+        _check_choice(where, "on_indivisible", self.on_indivisible, ("error", "fit"))
+        _check_choice(where, "bias", self.bias, ("none", "all", f"{self.method}_only"))
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ConfigError(
+                f"{where}: layers_pattern says nothing without layers_to_transform; give both or neither"
+            )
+        for name, value in self._patterns():
+            for pattern in value:
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise ConfigError(
+                        f"{where}: {name} has {pattern!r}, no regular expression ({error})"
+                    ) from None
+        for pattern, r in self.r_pattern.items():
+            self._check_count(f"r_pattern[{pattern!r}]", r)
+        for pattern, alpha in self.alpha_pattern.items():
+            _check_positive(where, f"alpha_pattern[{pattern!r}]", alpha)
+        for name in self.component_fields:
+            for pattern, value in getattr(self, f"{name}_pattern").items():
+                self._check_component(f"{name}_pattern[{pattern!r}]", value)
+
+    def _scalings(self) -> tuple[str, ...]:
+        return SCALINGS
+
+    def _check_count(self, name: str, value: Any) -> None:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{type(self).__name__}: {name}={value!r} is not a positive whole number")
+
+    def _check_component(self, name: str, value: Any) -> None:
+        if value in self.component_words:
+            return
+        if isinstance(value, str):
+            words = " or ".join(repr(word) for word in self.component_words if isinstance(word, str))
+            instead = f"; use a positive whole number{f' or {words}' if words else ''}"
+            raise ConfigError(f"{type(self).__name__}: {name}={value!r} is unknown{instead}")
+        self._check_count(name, value)
+
+    def _patterns(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """(field name, patterns) of every per-module override."""
+        for name in ("r", "alpha", *self.component_fields):
+            yield f"{name}_pattern", getattr(self, f"{name}_pattern")
+
+    def value_for(self, name: str, module_name: str) -> Any:
+        """Value of field ``name`` in a module: its pattern's, or the field's own."""
+        patterns = getattr(self, f"{name}_pattern")
+        pattern = match_pattern(patterns, module_name)
+        return getattr(self, name) if pattern is None else patterns[pattern]
+
+    def divisor_for(self, name: str, value: int, dimension: str, size: int, module_name: str) -> int:
+        """``value`` where it divides ``size``, else what on_indivisible says.
+
+        Raises:
+            DimensionError: it does not divide and on_indivisible is "error".
+        """
+        if size % value == 0:
+            return value
+        if self.on_indivisible == "fit":
+            fitted = nearest_divisor(size, value)
+            logger.warning(
+                "%s: %s=%d does not divide %s=%d, using %d", module_name, name, value, dimension, size, fitted
+            )
+            return fitted
+        below = [d for d in divisors(size) if d < value][-1:]
+        above = [d for d in divisors(size) if d > value][:1]
+        nearest = " or ".join(str(d) for d in below + above)
+        raise DimensionError(
+            f"{module_name}: {name}={value} does not divide {dimension}={size}; the nearest that do: "
+            f'{nearest} (set {name}, or {name}_pattern for this module, or on_indivisible="fit")'
+        )
+
+    def components_for(self, module_name: str, d_in: int, d_out: int) -> Any:
+        """The method's :class:`Components` in a layer of d_in inputs and d_out outputs.
+
+        Raises:
+            DimensionError: a component does not divide its dimension and on_indivisible is "error".
+        """
+        raise NotImplementedError
+
+    def scale_for(self, module_name: str, components: Any) -> float:
+        """λ in a layer."""
+        alpha = self.value_for("alpha", module_name)
+        if not isinstance(self.scaling, str):
+            return float(self.scaling)
+        if self.scaling == "rslora":
+            return alpha / math.sqrt(components.r)
+        return alpha / components.r
+
+
+def _check_positive(where: str, name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value < math.inf):
+        raise ConfigError(f"{where}: {name}={value!r} is not a positive number")
+
+
+def _check_choice(where: str, name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{where}: {name}={value!r} is unknown; use {', '.join(allowed)}")
+
+
+def init_factor_(weight: Tensor, how: str) -> None:
+    """Initialise a factor (rows, fan_in) in place.
+
+    kaiming: uniform on ±1/√fan_in, which is Kaiming-uniform with a=√5. gaussian: N(0, 1/fan_in).
+    orthogonal: orthonormal rows, or orthonormal columns where there are more rows than columns.
+    """
+    if weight.is_meta:
+        return  # nothing to fill; counting a model must not cost its initialisation
+    if how == "kaiming":
+        nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+    elif how == "gaussian":
+        nn.init.normal_(weight, std=1 / math.sqrt(weight.shape[1]))
+    else:
+        nn.init.orthogonal_(weight)
+
+
+# ------------------------------------------------------------------------------------------------------ layer
+
+
+class KronLinear(nn.Module, BaseTunerLayer):
+    """A linear layer (``nn.Linear`` or transformers' ``Conv1D``) with any number of named adapters beside it.
+
+    forward: x (..., d_in) -> base_layer(x) + Σ over active adapters of dropout(x) · ΔWᵀ, in the base layer's
+    output dtype. Under autocast x is passed on as it is, for the GEMMs cast by themselves; otherwise it is
+    cast to the adapter's dtype (PEFT keeps adapters in float32 beside a half-precision base). Either way the
+    sum is rounded to the output dtype once, at the end.
+
+    ``components[adapter]``, ``scaling[adapter]`` (λ now) and ``initial_scaling[adapter]`` (λ of the config)
+    say what an adapter is; all but the values of the parameters is known on the meta device too.
+    """
+
+    factor_names: ClassVar[tuple[str, ...]] = ()  # A, B ... : the parameter is prefix + name
+    zero_factor: ClassVar[str] = ""  # the one that starts at zero
+    prefix: ClassVar[str] = ""
+
+    # Attributes of the base classes, for the type checker only.
+    adapter_layer_names: tuple[str, ...]
+    active_adapters: Any
+    get_base_layer: Any
+    set_adapter: Any
+    _cast_input_dtype: Any
+    _move_adapter_to_device_of_base_layer: Any
+
+    def __init__(self, base_layer: Any, adapter_name: str, config: KronConfig, module_name: str) -> None:
+        super().__init__()
+        self.base_layer: Any = base_layer
+        self.fan_in_fan_out = isinstance(base_layer, Conv1D)
+        rows, columns = base_layer.weight.shape
+        self.in_features, self.out_features = (rows, columns) if self.fan_in_fan_out else (columns, rows)
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ParameterDict())
+        setattr(self, f"{self.prefix}dropout", nn.ModuleDict())
+        self.components: dict[str, Any] = {}
+        self.scaling: dict[str, float] = {}
+        self.initial_scaling: dict[str, float] = {}
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config, module_name)
+
+    # The method's own part.
+
+    def apply_delta(self, adapter_name: str, x: Tensor, base: Tensor | None) -> Tensor:
+        """base + x · ΔWᵀ without forming ΔW; x (..., d_in), base and result (..., d_out)."""
+        raise NotImplementedError
+
+    def dense_delta(self, factors: dict[str, Tensor], components: Any, scale: float) -> Tensor:
+        """ΔW (d_out, d_in) of the given factors."""
+        raise NotImplementedError
+
+    # Adapters.
+
+    def update_layer(self, adapter_name: str, config: KronConfig, module_name: str) -> None:
+        """Add an adapter: size it, make its parameters, initialise them.
+
+        Raises:
+            DimensionError: a component does not divide its dimension.
+        """
+        components = config.components_for(module_name, self.in_features, self.out_features)
+        # On the CPU in float32 first: a seed then gives the same start on every device.
+        device = "meta" if self.base_layer.weight.is_meta else "cpu"
+        for name, shape in self._parameter_shapes(components).items():
+            weight = nn.Parameter(torch.empty(shape, dtype=torch.float32, device=device))
+            with torch.no_grad():
+                if name == self.zero_factor:
+                    weight.zero_()
+                else:
+                    init_factor_(weight, config.init_weights)
+            self.factor(name)[adapter_name] = weight
+        self.components[adapter_name] = components
+        self.initial_scaling[adapter_name] = config.scale_for(module_name, components)
+        self.scaling[adapter_name] = self.initial_scaling[adapter_name]
+        dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        getattr(self, f"{self.prefix}dropout")[adapter_name] = dropout
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _parameter_shapes(self, components: Any) -> dict[str, tuple[int, int]]:
+        """Shape of each stored parameter by factor name."""
+        raise NotImplementedError
+
+    def factor(self, name: str) -> nn.ParameterDict:
+        """Adapter name -> parameter, of one factor."""
+        return getattr(self, self.prefix + name)
+
+    def factors(self, adapter_name: str) -> dict[str, Tensor]:
+        """Factor name -> parameter, of one adapter."""
+        return {name: self.factor(name)[adapter_name] for name in self.factor_names}
+
+    # λ, with the methods that PEFT's tuners have.
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """λ := scale · (λ of the config); an adapter that this layer lacks is passed over."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * self.initial_scaling[adapter]
+
+    def scale_layer(self, scale: float) -> None:
+        """λ := scale · λ for every active adapter."""
+        for adapter in self.active_adapters:
+            if adapter in self.scaling:
+                self.scaling[adapter] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """λ := λ / scale for every active adapter, or the λ of the config where scale is None."""
+        for adapter in self.active_adapters:
+            if adapter in self.scaling:
+                self.scaling[adapter] = (
+                    self.initial_scaling[adapter] if scale is None else self.scaling[adapter] / scale
+                )
+
+    # Counting; nothing here reads a parameter's value.
+
+    def component_shapes(self, adapter_name: str = "default") -> dict[str, tuple[int, ...]]:
+        """Shape of each factor of an adapter; the elements add up to its parameters."""
+        return self.components[adapter_name].shapes()
+
+    def max_rank(self, adapter_name: str = "default") -> int:
+        """Largest rank that an adapter's ΔW can have."""
+        return self.components[adapter_name].max_rank()
+
+    def predicted_alignment(self, adapter_name: str = "default") -> float | None:
+        """Expected cosine between an adapter's first step and the full gradient; see its Components."""
+        return self.components[adapter_name].predicted_alignment()
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+    # ΔW and merging.
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """ΔW in the base weight's orientation, in float32 or the adapter's dtype if that is wider."""
+        factors = {
+            name: weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+            for name, weight in self.factors(adapter).items()
+        }
+        delta = self.dense_delta(factors, self.components[adapter], self.scaling[adapter])
+        return delta.T if self.fan_in_fan_out else delta
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add ΔW to the base weight, summed in ΔW's dtype and rounded once.
+
+        Args:
+            safe_merge: refuse, with the base weight untouched, where the sum is not finite.
+            adapter_names: which; None for the active ones.
+
+        Raises:
+            BrokenAdapterError: safe_merge met a non-finite value (a ValueError).
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.components:
+                continue
+            weight = self.get_base_layer().weight
+            merged = (weight.data + self.get_delta_weight(name).to(weight.device)).to(weight.dtype)
+            if safe_merge and not torch.isfinite(merged).all():
+                raise BrokenAdapterError(
+                    f"adapter {name!r}: merging it gives non-finite weights; it seems to be broken"
+                )
+            weight.data.copy_(merged)
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Subtract every merged ΔW again; exact up to rounding in the base weight's dtype."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        while self.merged_adapters:
+            name = self.merged_adapters.pop()
+            if name in self.components:
+                weight = self.get_base_layer().weight
+                weight.data.copy_(weight.data - self.get_delta_weight(name).to(weight.device))
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        result = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return result
+        dtype = result.dtype
+        autocast = torch.is_autocast_enabled(x.device.type)
+        for name in self.active_adapters:
+            if name not in self.components:
+                continue
+            weight = self.factor(self.factor_names[0])[name]
+            inputs = x if autocast else self._cast_input_dtype(x, weight.dtype)
+            inputs = getattr(self, f"{self.prefix}dropout")[name](inputs)
+            result = self.apply_delta(name, inputs, result)
+        return result.to(dtype)
+
+    def __repr__(self) -> str:
+        return f"{self.prefix.rstrip('_')}.{super().__repr__()}"
+
+
+# ------------------------------------------------------------------------------------------------------ model
+
+
+class KronModel(BaseTuner):
+    """Puts :class:`KronLinear` layers in the place of the targeted ones; PEFT drives it."""
+
+    prefix: str = ""
+    tuner_layer_cls: type[KronLinear] = KronLinear
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config = self.peft_config[adapter_name]
+        names = [name for name, layer in adapter_layers(model) if adapter_name in layer.components]
+        for field_name, patterns in config._patterns():
+            unused = sorted(
+                p for p in patterns if not any(re.match(rf"(.*\.)?({p})$", name) for name in names)
+            )
+            if unused and field_name != "alpha_pattern":  # PEFT warns of that one itself
+                warnings.warn(
+                    f"{field_name} {unused} matched no adapted module and had no effect", stacklevel=2
+                )
+
+    def _prepare_adapter_config(self, peft_config: KronConfig, model_config: dict) -> KronConfig:
+        if peft_config.target_modules is None:
+            peft_config.target_modules = "all-linear"
+        return peft_config
+
+    def _prepare_model(self, peft_config: KronConfig, model: nn.Module) -> None:
+        if peft_config.lm_head:
+            peft_config.output_module = _output_module_name(model)  # type: ignore[misc]  # shadows the class's None
+            name = peft_config.output_module
+            if any(name == kept or name.endswith(f".{kept}") for kept in peft_config.modules_to_save or ()):
+                raise ConfigError(
+                    f"lm_head=True adapts {name}, which modules_to_save trains in full; drop one of them"
+                )
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: KronConfig, key: str) -> Any:
+        found = BaseTuner._check_target_module_exists(peft_config, key)
+        if found is None or found is False:  # an excluded module is neither
+            return key == peft_config.output_module
+        return found
+
+    def _create_and_replace(
+        self,
+        peft_config: KronConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
+    ) -> None:
+        if isinstance(target, self.tuner_layer_cls):
+            target.update_layer(adapter_name, peft_config, current_key)
+            return
+        _check_supported(target, current_key)
+        layer = self.tuner_layer_cls(target, adapter_name, peft_config, current_key)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)  # a further adapter is not trained until it is made active
+        self._replace_module(parent, target_name, layer, target)
+
+    def _check_merge_allowed(self) -> None:
+        for name, layer in adapter_layers(self.model):
+            weight = layer.get_base_layer().weight
+            for other_name, other in self.model.named_modules():
+                if other is not layer.get_base_layer() and other._parameters.get("weight") is weight:
+                    raise TiedWeightError(
+                        f"{name}: merging would change {other_name} too, for they share one weight; untie it "
+                        "before attaching the adapter (model.config.tie_word_embeddings = False, and the "
+                        "output layer's weight = torch.nn.Parameter(weight.detach().clone())), or use the "
+                        "adapter unmerged"
+                    )
+
+
+def adapter_layers(model: nn.Module) -> Iterator[tuple[str, KronLinear]]:
+    """(module name, layer) of every CDKA or Kron-LoRA layer in a model."""
+    for name, module in model.named_modules():
+        if isinstance(module, KronLinear):
+            yield name, module
+
+
+def _output_module_name(model: nn.Module) -> str:
+    getter = getattr(model, "get_output_embeddings", None)
+    output = getter() if getter is not None else None
+    for name, module in model.named_modules():
+        if output is not None and module is output:
+            return name
+    raise ConfigError(
+        f"lm_head=True needs a model with an output embedding, and {type(model).__name__} has none; "
+        "set lm_head=False, or name the layer in target_modules"
+    )
+
+
+def _check_supported(target: Any, name: str) -> None:
+    """Raise UnsupportedLayerError (a TypeError) naming the module, unless it is a plain linear layer."""
+    kind = f"{type(target).__module__}.{type(target).__qualname__}"
+    if isinstance(target, BaseTunerLayer):
+        reason = "already carries an adapter of another method; unload that one first"
+    elif not isinstance(target, nn.Linear | Conv1D):
+        reason = (
+            "is neither nn.Linear nor transformers' Conv1D; leave it out of target_modules, or exclude it"
+        )
+    elif not target.weight.is_floating_point() or target.weight.dtype.itemsize < 2 or "bitsandbytes" in kind:
+        reason = "is quantised, which is not supported; load the model in 16 or 32 bits"
+    elif kind.endswith("NonDynamicallyQuantizableLinear"):
+        # nn.MultiheadAttention reads this layer's weight and never calls it.
+        reason = "is never called by nn.MultiheadAttention, so an adapter would do nothing; exclude it"
+    else:
+        return
+    raise UnsupportedLayerError(f"{name}: {kind} {reason}")

@@ -1,0 +1,187 @@
+"""A cell: one resolved experiment config. Its id is a hash of what can change a number, and of nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from kronlab import models
+from kronlab.errors import ConfigError
+from kronlab.evals import GRADERS
+from kronlab.methods import METHODS, label
+
+CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
+SCALES = ("smoke", "mini", "small", "paper")
+RECORD_SCHEMA = 1
+
+# Facts about a model config that change no number: where its weights lie, what one may do with them.
+_NOT_SCIENTIFIC_IN_MODEL = ("directory", "licence", "gated", "pypi", "config", "lm_head")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One experiment, ready to run.
+
+    Attributes:
+        config: the whole resolved config as plain data.
+        science: the part that determines the numbers; the record keeps it.
+        id: 12 hex digits of the hash of `science`.
+        train_id: likewise of the part that determines the trained weights, so that cells which differ only in what they
+            are graded on share a checkpoint.
+    """
+
+    config: dict[str, Any]
+    science: dict[str, Any]
+    id: str
+    train_id: str
+
+    @property
+    def scale(self) -> str:
+        return str(self.config["scale"])
+
+    @property
+    def name(self) -> str:
+        """A short human name: method, model, task, seed."""
+        c = self.config
+        return f"{label(c['method'])}, {c['model']['name']} on {c['task']['name']}, seed {c['seed']}"
+
+
+def digest(value: Any) -> str:
+    """12 hex digits of the SHA-256 of the canonical JSON of `value`."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def make_cell(config: DictConfig, *, weights_needed: bool = True) -> Cell:
+    """Resolve, check and identify a composed config.
+
+    Args:
+        weights_needed: False for planning: `source: auto` then stays as it is where no weights are at hand.
+
+    Raises:
+        ConfigError: all faults found, one a line.
+        ModelError: no weights can be found.
+    """
+    try:
+        plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error).strip().splitlines()[0]) from error
+    assert isinstance(plain, dict)
+    resolved: dict[str, Any] = {str(key): value for key, value in plain.items()}
+    resolved.pop("hydra", None)
+    validate(resolved)
+    model = resolved["model"]
+    try:
+        source = models.resolve_source(model)
+    except models.ModelError:
+        if weights_needed:
+            raise
+        source = model.get("source") or "auto"
+    model["source"] = source
+    science = _science(resolved)
+    train_part = {key: science[key] for key in science if key != "eval"}
+    return Cell(resolved, science, digest(science), digest(train_part))
+
+
+def _science(config: Mapping[str, Any]) -> dict[str, Any]:
+    model = {k: v for k, v in config["model"].items() if k not in _NOT_SCIENTIFIC_IN_MODEL}
+    if config["model"]["source"] == "random":
+        model["config"] = config["model"]["config"]
+    if config["model"]["source"] == "directory":
+        model["weights"] = models.fingerprint(config["model"], "directory")
+    method = {k: v for k, v in config["method"].items() if k != "label"}
+    science = {
+        "schema": RECORD_SCHEMA,
+        "model": model,
+        "method": method,
+        "task": config["task"],
+        "trainer": config["trainer"],
+        "seed": config["seed"],
+        "eval": config["eval"],
+    }
+    if config["method"]["name"] == "none":  # nothing is trained: the base model is one cell for every recipe and seed
+        for key in ("task", "trainer", "seed"):
+            del science[key]
+    science["precision"] = config["trainer"]["precision"]
+    return science
+
+
+def validate(config: Mapping[str, Any]) -> None:
+    """Gather every fault that can be seen without loading anything, and raise them together.
+
+    Raises:
+        ConfigError: one line for each fault: key, value, what is allowed.
+    """
+    faults: list[str] = []
+
+    def check(ok: bool, key: str, value: Any, allowed: str) -> None:
+        if not ok:
+            faults.append(f"{key}={value!r}: must be {allowed}")
+
+    def number(section: str, key: str, *, above: float | None = None, least: float | None = None, whole: bool = False) -> None:
+        value = config[section][key]
+        kind = int if whole else (int, float)
+        right = isinstance(value, kind) and not isinstance(value, bool)
+        right = right and (above is None or value > above) and (least is None or value >= least)
+        bound = f" above {above:g}" if above is not None else f" of at least {least:g}" if least is not None else ""
+        check(right, f"{section}.{key}", value, f"a {'whole ' if whole else ''}number{bound}")
+
+    check(config["scale"] in SCALES, "scale", config["scale"], f"one of {', '.join(SCALES)}")
+    seed = config["seed"]
+    check(isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0, "seed", seed, "a whole number of at least 0")
+    number("trainer", "lr", above=0)
+    number("trainer", "epochs", above=0)
+    number("trainer", "batch_size", least=1, whole=True)
+    number("trainer", "micro_batch_size", least=1, whole=True)
+    number("trainer", "warmup_ratio", least=0)
+    number("trainer", "weight_decay", least=0)
+    number("runtime", "save_every", least=1, whole=True)
+    precision = config["trainer"]["precision"]
+    check(precision in ("bf16", "fp32"), "trainer.precision", precision, "bf16 or fp32")
+    method = config["method"]
+    check(method["name"] in METHODS, "method.name", method["name"], f"one of {', '.join(METHODS)}")
+    for key in ("r1", "r2", "r", "d_a1", "d_a2"):
+        value = method.get(key, 1)
+        named = key in ("r1", "r2") and value == "near_square"
+        absent = key == "d_a2" and value is None
+        right = named or absent or (isinstance(value, int) and not isinstance(value, bool) and value >= 1)
+        check(right, f"method.{key}", value, "a whole number of at least 1")
+    n = config["task"]["n"]
+    check(n is None or (isinstance(n, int) and n >= 1), "task.n", n, "a whole number of at least 1, or null for all")
+    device = config["runtime"]["device"]
+    check(device in ("auto", "cpu", "cuda"), "runtime.device", device, "auto, cpu or cuda")
+    check(bool(config["eval"]), "eval", config["eval"], "at least one eval, as the task configs name them")
+    for name, settings in config["eval"].items():
+        grader = settings["grader"]
+        check(grader in GRADERS, f"eval.{name}.grader", grader, f"one of {', '.join(GRADERS)}")
+        count = settings["n"]
+        check(count is None or (isinstance(count, int) and count >= 1), f"eval.{name}.n", count, "at least 1, or null for all")
+    if faults:
+        raise ConfigError("\n".join(faults))
+
+
+def compose_config(overrides: Sequence[str], *, name: str = "config") -> DictConfig:
+    """Compose a config outside of `hydra.main`, e.g. for the cells of a table.
+
+    Raises:
+        ConfigError: an override that Hydra refuses, in its words.
+    """
+    state = GlobalHydra.instance()
+    try:
+        if state.is_initialized():
+            return compose(config_name=name, overrides=list(overrides))
+        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            return compose(config_name=name, overrides=list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        reason = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+        raise ConfigError(f"{' '.join(overrides)}: {reason}") from error

@@ -1,0 +1,74 @@
+"""Data: rows -> prompt, completion, gold. One module per family; `load_examples` is the door.
+
+A *source* is a config section: ``name`` says which loader reads it (`LOADERS`), the other keys are that
+loader's settings. The loader's module documents them; a key it does not know is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from kronlab.data import gsm8k, jsonl, math, metamathqa, reasoning_gym
+from kronlab.data.common import Example, LengthFn, check_n, did_you_mean, fingerprint
+from kronlab.errors import ConfigError, KronlabError
+
+__all__ = ["LOADERS", "Example", "available", "fingerprint", "load_examples"]
+
+LOADERS = {
+    "reasoning_gym": reasoning_gym,
+    "gsm8k": gsm8k,
+    "metamathqa": metamathqa,
+    "math": math,
+    "jsonl": jsonl,
+}
+"""Source name -> module with ``load`` and ``probe``, which `load_examples` and `available` call."""
+
+
+def load_examples(
+    source: Mapping[str, Any],
+    *,
+    split: str,
+    n: int | None,
+    seed: int,
+    data_dir: str | None,
+    length_fn: LengthFn | None = None,
+) -> list[Example]:
+    """Exactly ``n`` examples (None: all) of one split of a source, in a fixed order.
+
+    Args:
+        source: config section with ``name`` and that loader's settings.
+        split: "train" or "test".
+        n: how many; a smaller n gives a prefix of a larger one.
+        seed: chooses (or generates) the train examples; test examples do not depend on it.
+        data_dir: folder of local datasets, which win over the hub; None to use the hub only.
+        length_fn: tokens in a text, for sources that drop rows by length (metamathqa); None drops none.
+
+    Raises:
+        ConfigError: unknown source, key or split, or ``n`` more than there is.
+        DataError: dataset missing or malformed.
+    """
+    module = _loader(source)
+    check_n(str(source["name"]), n)
+    return module.load(source, split=split, n=n, seed=seed, data_dir=data_dir, length_fn=length_fn)
+
+
+def available(source: Mapping[str, Any], split: str, data_dir: str | None) -> tuple[bool, str]:
+    """Whether `load_examples` can get this split now, and in one line why (not); never raises a KronlabError.
+
+    Loads nothing and downloads nothing: it looks for local files, then for a cached copy, then asks the hub
+    (which gives up within about ten seconds where there is no network, and at once under HF_HUB_OFFLINE=1).
+    """
+    try:
+        return _loader(source).probe(source, split, data_dir)
+    except KronlabError as e:
+        return False, str(e)
+
+
+def _loader(source: Mapping[str, Any]) -> Any:
+    name = source.get("name")
+    if not name:
+        raise ConfigError(f"data source has no name: set name to one of {', '.join(sorted(LOADERS))}")
+    if name not in LOADERS:
+        raise ConfigError(f"unknown data source {name!r}{did_you_mean(str(name), LOADERS)}")
+    return LOADERS[name]

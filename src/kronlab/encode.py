@@ -1,0 +1,119 @@
+"""Examples to token ids: where the prompt ends, which positions carry loss, how a batch is padded.
+
+Legend: B batch, T tokens, N supervised tokens of the batch, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from kronlab.data import Example
+
+IGNORED = -100  # the label that torch's cross entropy leaves out
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One example as token ids.
+
+    Causal models read `input_ids` = prompt + completion + EOS, and `labels` has the same length with the prompt ignored.
+    Encoder-decoder models read the prompt as `input_ids`; `labels` is completion + EOS.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    truncated: bool = False
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+def encode(example: Example, tokenizer: PreTrainedTokenizerBase, *, causal: bool, max_length: int) -> Encoded:
+    """Tokenise prompt and completion apart, so that training sees exactly the prompt ids that generation starts from."""
+    prompt = tokenizer(example.prompt)["input_ids"] if causal else tokenizer(example.prompt, truncation=False)["input_ids"]
+    completion = [*tokenizer(example.completion, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    if causal:
+        if prompt and prompt[-1] == tokenizer.eos_token_id:  # some tokenizers close every text; the completion follows here
+            prompt = prompt[:-1]
+        ids, labels = prompt + completion, [IGNORED] * len(prompt) + completion
+        return Encoded(ids[:max_length], labels[:max_length], truncated=len(ids) > max_length)
+    return Encoded(
+        prompt[:max_length], completion[:max_length], truncated=max(len(prompt), len(completion)) > max_length
+    )
+
+
+def collate(rows: Sequence[Encoded], *, pad_id: int) -> dict[str, Tensor]:
+    """Pad on the right to the longest row: input_ids, attention_mask (B, T) and labels (B, T or longest completion)."""
+
+    def padded(lists: list[list[int]], value: int) -> Tensor:
+        longest = max(map(len, lists))
+        return torch.tensor([ids + [value] * (longest - len(ids)) for ids in lists])
+
+    inputs = [row.input_ids for row in rows]
+    return {
+        "input_ids": padded(inputs, pad_id),
+        "attention_mask": padded([[1] * len(ids) for ids in inputs], 0),
+        "labels": padded([row.labels for row in rows], IGNORED),
+    }
+
+
+class SupervisedHead:
+    """Runs the output layer on supervised positions only.
+
+    The vocabulary dominates the memory and time of small models, and most positions (prompt, padding) carry no loss. A
+    pre-hook on the output layer replaces its input (B, T, H) by the (1, N, H) rows that predict a supervised token, so
+    whatever the architecture does with the logits afterwards (scaling, soft caps) still happens.
+    """
+
+    def __init__(self, network: nn.Module, *, causal: bool) -> None:
+        self.causal = causal
+        self._keep: Tensor | None = None
+        network.get_output_embeddings().register_forward_pre_hook(self._select)  # type: ignore[operator]
+
+    def _select(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if self._keep is None:
+            return None
+        hidden, *rest = arguments
+        return (hidden[self._keep].unsqueeze(0), *rest)
+
+    @contextmanager
+    def _only(self, keep: Tensor) -> Iterator[None]:
+        self._keep = keep
+        try:
+            yield
+        finally:
+            self._keep = None
+
+    def token_nll(self, network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Negative log-likelihood of every supervised token, in nats and fp32.
+
+        Returns:
+            (N,) values in row-major order of the batch, and (N,) the row that each belongs to.
+        """
+        labels = batch["labels"]
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+        keep = labels != IGNORED  # (B, T)
+        if self.causal:  # position t predicts token t + 1
+            keep = torch.cat([keep[:, 1:], torch.zeros_like(keep[:, :1])], dim=1)
+            targets = labels[:, 1:][labels[:, 1:] != IGNORED]
+        else:
+            targets = labels[keep]
+            inputs["decoder_input_ids"] = self._shifted_right(network, labels)
+        with self._only(keep):
+            logits = network(**inputs).logits[0]  # (N, V)
+        nll = nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+        return nll, keep.nonzero()[:, 0]
+
+    @staticmethod
+    def _shifted_right(network: nn.Module, labels: Tensor) -> Tensor:
+        """What the decoder reads: start token, then the labels without the last; ignored positions become padding."""
+        config: Any = network.config
+        read = labels.masked_fill(labels == IGNORED, config.pad_token_id)
+        return torch.cat([torch.full_like(read[:, :1], config.decoder_start_token_id), read[:, :-1]], dim=1)

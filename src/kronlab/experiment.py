@@ -1,0 +1,246 @@
+"""The one road of a cell: model -> method -> data -> train -> grade -> record. Every stop can be killed and resumed."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import os
+import shutil
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from kronlab import methods, models, runs
+from kronlab.cell import RECORD_SCHEMA, Cell
+from kronlab.data import Example, fingerprint, load_examples
+from kronlab.encode import encode
+from kronlab.errors import CheckpointError, ConfigError, KronlabError
+from kronlab.evaluate import evaluate, score
+from kronlab.generate import CompletionScorer
+from kronlab.runs import Store
+from kronlab.train import Diverged, TrainReport, train
+
+log = logging.getLogger(__name__)
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def run_cell(cell: Cell) -> dict[str, Any]:
+    """Run a cell, or return its record if it is done; whatever had been finished before is used again.
+
+    Raises:
+        KronlabError: with a record of status "failed" left behind, so that the failure is not lost.
+    """
+    config = cell.config
+    store = Store(config["results"]["dir"])
+    if config["force"]:
+        shutil.rmtree(store.checkpoints(cell.train_id), ignore_errors=True)
+        shutil.rmtree(store.folder(cell.scale, cell.id), ignore_errors=True)
+    elif store.is_done(cell.scale, cell.id):
+        log.info("%s: done before, skipped (%s)", cell.name, store.record_path(cell.scale, cell.id))
+        record = store.read(cell.scale, cell.id)
+        assert record is not None
+        return record
+    if config["dry_run"]:
+        log.info("%s: would run as %s", cell.name, cell.id)
+        return {"id": cell.id, "status": "planned", "scale": cell.scale}
+    log.info("%s: running as %s", cell.name, cell.id)
+    record = _frame(cell)
+    try:
+        record |= _train_and_grade(cell, store)
+    except Diverged as diverged:
+        log.warning("%s: %s", cell.name, diverged)
+        record |= {"status": runs.DIVERGED, "error": str(diverged)}
+    except Exception as error:
+        reason = str(error) if isinstance(error, KronlabError) else "".join(traceback.format_exception(error))
+        store.write(record | {"status": runs.FAILED, "error": reason})
+        raise
+    path = store.write(record)
+    log.info("%s: %s -> %s", cell.name, summary(record), path)
+    return record
+
+
+def _frame(cell: Cell) -> dict[str, Any]:
+    """The fields of a record that are known before anything runs."""
+    return {
+        "schema": RECORD_SCHEMA,
+        "id": cell.id,
+        "train_id": cell.train_id,
+        "scale": cell.scale,
+        "name": cell.name,
+        "label": methods.label(cell.config["method"]),
+        "status": runs.DONE,
+        "error": None,
+        "config": cell.science,
+        "command": " ".join([Path(sys.executable).name, *sys.argv]),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": runs.versions(),
+        "git": runs.git_state(),
+        "machine": runs.machine(),
+    }
+
+
+def _train_and_grade(cell: Cell, store: Store) -> dict[str, Any]:
+    config = cell.config
+    _prepare_process(config["runtime"])
+    architecture = config["model"]["architecture"]
+    if architecture not in ("causal_lm", "seq2seq_lm"):
+        raise ConfigError(
+            f"model {config['model']['name']} is a {architecture} model; tasks so far train text generation: "
+            "choose a causal_lm or seq2seq_lm model"
+        )
+    causal = architecture == "causal_lm"
+    precision = DTYPES[config["trainer"]["precision"]]
+    network, tokenizer = models.load(config["model"], dtype=precision, source=config["model"]["source"])
+    transformers.set_seed(config["seed"])  # the adapters' initialisation; the batch order has its own generator
+    network = methods.attach(network, config["model"], config["method"])
+    trainable, total = models.count_parameters(network)
+    fields: dict[str, Any] = {
+        "parameters": {"trainable": trainable, "total": total, "adapter_bytes": _adapter_bytes(network)},
+        "weights": models.fingerprint(config["model"], config["model"]["source"]),
+        "train": None,
+    }
+    if config["method"]["name"] != "none":
+        fields["train"] = _train(cell, store, network, tokenizer, causal=causal)
+    network.to(_device(config["runtime"]))
+    folder = store.folder(cell.scale, cell.id)
+    scorer = CompletionScorer(network, tokenizer, causal=causal)
+    evals = {}
+    with runs.PeakMemory() as memory:
+        for name, settings in config["eval"].items():
+            examples = _examples(config, settings)
+            rows = evaluate(
+                network, tokenizer, scorer, examples, settings,
+                path=folder / f"{name}.jsonl", causal=causal, progress=config["runtime"]["progress"],
+            )  # fmt: skip
+            evals[name] = score(rows, examples, settings)
+    fields["eval"] = evals
+    fields["eval_peak_memory_bytes"] = memory.bytes
+    fields["finished"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return fields
+
+
+def _examples(config: dict[str, Any], section: dict[str, Any], length_fn: Any = None) -> list[Example]:
+    return load_examples(
+        section["source"],
+        split=section["split"],
+        n=section["n"],
+        seed=config["seed"],
+        data_dir=config["data"]["dir"],
+        length_fn=length_fn,
+    )
+
+
+def _train(cell: Cell, store: Store, network: nn.Module, tokenizer: Any, *, causal: bool) -> dict[str, Any]:
+    """Train, or load the weights that an earlier run of the same `train_id` has left; return the record's section."""
+    config = cell.config
+    folder = store.checkpoints(cell.train_id)
+    final = folder / "final"
+    if (final / "train.json").is_file():
+        log.info("taking the weights trained before (%s)", final)
+        _load_weights(network, final)
+        section = dict(json.loads((final / "train.json").read_text()))
+    else:
+        task = config["task"]
+        examples = _examples(config, task, length_fn=lambda text: len(tokenizer(text)["input_ids"]))
+        rows = [encode(example, tokenizer, causal=causal, max_length=task["max_length"]) for example in examples]
+        with runs.PeakMemory() as memory:
+            report = train(
+                network, rows, config["trainer"], directory=folder, seed=config["seed"], pad_id=tokenizer.pad_token_id,
+                causal=causal, runtime=config["runtime"] | {"device": _device(config["runtime"])},
+                report_to=_start_logger(cell), run_name=f"{cell.name} [{cell.id}]",
+            )  # fmt: skip
+        section = _train_section(report, memory.bytes, fingerprint(examples), len(examples))
+        _save_weights(network, final, section)
+    target = store.folder(cell.scale, cell.id)
+    target.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(folder / "loss.jsonl", target / "loss.jsonl")
+    return section
+
+
+def _train_section(report: TrainReport, peak: int | None, data_sha: str, examples: int) -> dict[str, Any]:
+    return asdict(report) | {
+        "seconds": round(report.seconds, 2),
+        "tokens_per_s": round(report.tokens_per_s, 1),
+        "peak_memory_bytes": peak,
+        "data_sha": data_sha,
+        "data_examples": examples,
+    }
+
+
+def _save_weights(network: nn.Module, final: Path, section: dict[str, Any]) -> None:
+    """Save what was trained; the folder appears under its name only when it is whole."""
+    scratch = final.with_name("final.part")
+    shutil.rmtree(scratch, ignore_errors=True)
+    network.save_pretrained(scratch)  # type: ignore[operator]
+    (scratch / "train.json").write_text(json.dumps(section, indent=1) + "\n")
+    shutil.rmtree(final, ignore_errors=True)
+    scratch.rename(final)
+
+
+def _load_weights(network: nn.Module, final: Path) -> None:
+    from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+    from safetensors.torch import load_model
+
+    try:
+        if isinstance(network, PeftModel):
+            result = set_peft_model_state_dict(network, load_peft_weights(str(final), device="cpu"))
+            if result.unexpected_keys:
+                raise ValueError(f"unexpected weights {result.unexpected_keys[:3]}")
+        else:
+            load_model(network, final / "model.safetensors", strict=False)
+    except Exception as error:
+        raise CheckpointError(f"{final} cannot be loaded ({error}); delete it and run the cell again") from error
+
+
+def _start_logger(cell: Cell) -> Sequence[str]:
+    logger = cell.config["logger"]
+    if logger["name"] != "wandb":
+        return ()
+    os.environ["WANDB_MODE"] = logger["mode"]
+    os.environ["WANDB_PROJECT"] = logger["project"]
+    os.environ.setdefault("WANDB_DIR", str(Path(cell.config["results"]["dir"]).resolve()))
+    os.environ.setdefault("WANDB_SILENT", "true")
+    if logger["entity"]:
+        os.environ["WANDB_ENTITY"] = logger["entity"]
+    return ("wandb",)
+
+
+def _device(runtime: dict[str, Any]) -> str:
+    if runtime["device"] == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return str(runtime["device"])
+
+
+def _prepare_process(runtime: dict[str, Any]) -> None:
+    if runtime["threads"]:
+        torch.set_num_threads(int(runtime["threads"]))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    transformers.logging.set_verbosity_error()
+    # PEFT asks transformers by an old name; nothing that a user of ours could change
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+
+
+def _adapter_bytes(network: nn.Module) -> int:
+    """Bytes of the trainable weights as they are saved."""
+    return sum(p.numel() * p.element_size() for p in network.parameters() if p.requires_grad)
+
+
+def summary(record: dict[str, Any]) -> str:
+    """The scores of a record in one line."""
+    if record["status"] != runs.DONE:
+        return f"{record['status']}: {record['error']}"
+    parts = []
+    for name, result in record["eval"].items():
+        metrics = result["metrics"]
+        match, nll = metrics["exact_match"], metrics["nll_per_token"]
+        parts.append(f"{name} {100 * match['value']:.1f} % (n={match['n']}), NLL {nll['value']:.3f}")
+    return "; ".join(parts)

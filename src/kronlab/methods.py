@@ -1,0 +1,101 @@
+"""What is trained: turns a method config into a model with trainable parameters. PEFT does the work wherever it can."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from kronlab.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+_TASK_TYPE = {"causal_lm": "CAUSAL_LM", "seq2seq_lm": "SEQ_2_SEQ_LM", "sequence_classification": "SEQ_CLS"}
+
+
+def _common(model: Mapping[str, Any], method: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that every PEFT config shares."""
+    targets = method["target_modules"]
+    return {
+        "target_modules": targets if isinstance(targets, str) else list(targets),
+        "modules_to_save": list(model["modules_to_save"]) if model.get("modules_to_save") else None,
+        "task_type": _TASK_TYPE.get(model["architecture"]),
+    }
+
+
+def _lora(model: Mapping[str, Any], method: Mapping[str, Any], network: nn.Module) -> Any:
+    from peft import LoraConfig
+
+    arguments = _common(model, method)
+    if method["lm_head"]:
+        arguments["target_modules"] = _with_output_layer(network, arguments["target_modules"])
+    return LoraConfig(
+        r=method["r"], lora_alpha=method["alpha"], lora_dropout=method["dropout"], **arguments, **dict(method["options"])
+    )
+
+
+def _cdka(model: Mapping[str, Any], method: Mapping[str, Any], network: nn.Module) -> Any:
+    from kronlab.adapters import CdkaConfig
+
+    own = {key: method[key] for key in ("r1", "r2", "r", "alpha", "scaling", "dropout", "lm_head", "on_indivisible")}
+    return CdkaConfig(**own, init_weights=method["init"], **_common(model, method), **dict(method["options"]))
+
+
+def _kron_lora(model: Mapping[str, Any], method: Mapping[str, Any], network: nn.Module) -> Any:
+    from kronlab.adapters import KronLoraConfig
+
+    own = {key: method[key] for key in ("r", "d_a1", "d_a2", "alpha", "scaling", "dropout", "lm_head", "on_indivisible")}
+    return KronLoraConfig(**own, init_weights=method["init"], **_common(model, method), **dict(method["options"]))
+
+
+# A new method: one function here (or a config that reuses one), one file in configs/method/.
+PEFT_METHODS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any], nn.Module], Any]] = {
+    "lora": _lora,
+    "cdka": _cdka,
+    "kron_lora": _kron_lora,
+}
+METHODS = ("none", "full", *PEFT_METHODS)
+
+
+def _with_output_layer(network: nn.Module, targets: str | list[str]) -> list[str]:
+    """`all-linear` leaves the output layer out; name every linear module and the output layer instead."""
+    output = network.get_output_embeddings() if hasattr(network, "get_output_embeddings") else None
+    names = {
+        name.rpartition(".")[2]
+        for name, module in network.named_modules()
+        if (targets == "all-linear" and type(module).__name__ in ("Linear", "Conv1D")) or module is output
+    }
+    if output is None:
+        raise ConfigError("method.lm_head=true, but this model has no output layer; leave it false")
+    return sorted(names | (set() if isinstance(targets, str) else set(targets)))
+
+
+def label(method: Mapping[str, Any]) -> str:
+    """The method's name in tables, its parameters filled in."""
+    return str(method["label"]).format(**{key: value for key, value in method.items() if key != "label"})
+
+
+def attach(network: nn.Module, model: Mapping[str, Any], method: Mapping[str, Any]) -> nn.Module:
+    """Freeze the base and add the method's trainable parameters (fp32, whatever the base's dtype).
+
+    Raises:
+        ConfigError: an unknown method, or a setting that it does not take.
+    """
+    name = method["name"]
+    if name == "none":
+        network.requires_grad_(False)
+        return network
+    if name == "full":
+        network.requires_grad_(True)
+        return network
+    if name not in PEFT_METHODS:
+        raise ConfigError(f"method.name={name!r} is not known; use one of {', '.join(METHODS)}")
+    from peft import get_peft_model
+
+    try:
+        peft_config = PEFT_METHODS[name](model, method, network)
+    except TypeError as error:
+        raise ConfigError(f"method {name}: {error} (look at method.options)") from error
+    return get_peft_model(network, peft_config)

@@ -1,0 +1,120 @@
+"""From a table config to a table: plan its cells, run those that are missing, write it from the records."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kronlab.cell import SCALES, Cell, compose_config, make_cell
+from kronlab.data import available
+from kronlab.errors import ConfigError, KronlabError
+from kronlab.experiment import run_cell
+from kronlab.methods import label
+from kronlab.report.tables import RowResult, Table, build
+from kronlab.runs import Store
+
+log = logging.getLogger(__name__)
+_PAPER_GPU_BYTES = 40 * 10**9
+
+
+@dataclass(frozen=True)
+class PlannedRow:
+    """A row of a table with one cell for each seed."""
+
+    key: str
+    label: str
+    cells: Sequence[Cell]
+    published: Mapping[str, Any] | None
+
+
+def choose_scale(asked: str | None) -> str:
+    """The asked scale; without one, `paper` on a GPU of at least 40 GB and `mini` elsewhere, and say which."""
+    if asked:
+        if asked not in SCALES:
+            raise ConfigError(f"scale={asked!r} is not known; use one of {', '.join(SCALES)}")
+        return asked
+    memory = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
+    scale = "paper" if memory >= _PAPER_GPU_BYTES else "mini"
+    found = f"a GPU with {memory / 1e9:.0f} GB" if memory else "no GPU"
+    log.info("SCALE=%s chosen (%s found); choose yourself with SCALE=smoke|mini|small|paper", scale, found)
+    return scale
+
+
+def plan(spec: Mapping[str, Any], scale: str, *, overrides: Sequence[str], weights_needed: bool) -> tuple[list[PlannedRow], list[str]]:
+    """All cells of a table, and notes on what was left out because its data cannot be had."""
+    if scale not in spec["scales"]:
+        raise ConfigError(f"{spec['name']} has no scale {scale!r}; it has {', '.join(spec['scales'])}")
+    layout = spec["scales"][scale]
+    notes, dropped = [], []
+    for name in layout.get("optional_evals", []):
+        config = compose_config([f"scale={scale}", *layout["common"], *overrides])
+        section = config["eval"][name]
+        ok, why = available(section["source"], section["split"], config["data"]["dir"])
+        if not ok:
+            dropped.append(name)
+            notes.append(f"{name} is left out: {why}")
+            log.info("%s is left out: %s", name, why)
+    rows = []
+    for key in layout["rows"]:
+        row = spec["rows"][key]
+        cells: dict[str, Cell] = {}
+        for seed in layout["seeds"]:
+            chosen = [f"scale={scale}", *layout["common"], *row["overrides"], f"seed={seed}", *overrides]
+            chosen += [*layout.get("row_overrides", {}).get(key, []), *[f"~eval.{name}" for name in dropped]]
+            cell = make_cell(compose_config(chosen), weights_needed=weights_needed)
+            cells[cell.id] = cell  # the base model is one cell for all seeds
+        first = next(iter(cells.values()))
+        rows.append(PlannedRow(key, label(first.config["method"]), list(cells.values()), row.get("published")))
+    return rows, notes
+
+
+def reproduce(
+    spec: Mapping[str, Any],
+    *,
+    scale: str | None,
+    results_dir: str,
+    dry_run: bool = False,
+    render_only: bool = False,
+    force: bool = False,
+    extra: Sequence[str] = (),
+) -> Table | None:
+    """Run what a table lacks and write it; a cell that fails does not stop the others.
+
+    Raises:
+        KronlabError: after the table is written, if any cell failed.
+    """
+    scale = choose_scale(scale)
+    overrides = [f"results.dir={results_dir}", f"force={str(force).lower()}", *extra]
+    rows, notes = plan(spec, scale, overrides=overrides, weights_needed=not (dry_run or render_only))
+    store = Store(results_dir)
+    cells = [cell for row in rows for cell in row.cells]
+    done = sum(store.is_done(cell.scale, cell.id) for cell in cells)
+    log.info("%s at scale %s: %d cells, %d done", spec["name"], scale, len(cells), done)
+    if dry_run:
+        for cell in cells:
+            state = "done   " if store.is_done(cell.scale, cell.id) else "missing"
+            log.info("  %s %s  %s", state, cell.id, cell.name)
+        return None
+    failed = []
+    for number, cell in enumerate(cells if not render_only else [], start=1):
+        log.info("[%d/%d]", number, len(cells))
+        try:
+            run_cell(cell)
+        except KronlabError as error:
+            failed.append(f"{cell.name}: {error}")
+            log.error("failed, going on with the next: %s", error)
+    finished = [RowResult(r.key, r.label, [store.read(c.scale, c.id) for c in r.cells], r.published) for r in rows]
+    table = build(spec, scale, finished, extra_notes=notes)
+    for path in table.write(Path(results_dir) / "tables" / scale):
+        log.info("wrote %s", path)
+    log.info("\n%s", table.markdown())
+    if failed:
+        raise KronlabError("\n".join(failed))
+    return table
+
+

@@ -1,0 +1,357 @@
+"""The one shared trainer. Read it top to bottom: plan the steps, order the batches, train, save, resume.
+
+`transformers.Trainer` gives the loop, mixed precision, DDP/FSDP and W&B; ours are the loss (supervised positions only,
+weighted by tokens), the batch order (a function of seed and epoch alone) and checkpoints that a kill cannot break.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from tqdm import tqdm
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from kronlab.encode import IGNORED, Encoded, SupervisedHead, collate
+from kronlab.errors import CheckpointError, ConfigError
+
+log = logging.getLogger(__name__)
+
+COMPLETE = "COMPLETE"  # written last into a checkpoint: without it, the checkpoint is a fragment
+
+
+class Diverged(Exception):
+    """The training loss became nan or infinite at `step`."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"the training loss is not finite at step {step}; lower trainer.lr or method.alpha")
+        self.step = step
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """What training cost and where it ended; sums run over all sittings of a resumed run."""
+
+    steps: int
+    seconds: float  # in optimizer steps alone: no loading, no checkpoint writing
+    tokens: int  # non-padding tokens read
+    supervised_tokens: int  # tokens that carried loss
+    examples: int
+    final_loss: float  # mean over the last tenth of the steps, nats per supervised token
+    truncated_examples: int
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+class EpochSampler(Sampler[int]):
+    """Batch order as a function of (seed, epoch) alone, so that it is the same for every method and after a resume.
+
+    With `group_by_length`, examples are shuffled, cut into pools of 50 batches, sorted by length inside a pool, cut into
+    batches, and the batches are shuffled: little padding, and no drift of length over the run.
+    """
+
+    def __init__(self, lengths: Sequence[int], *, batch_size: int, seed: int, group_by_length: bool) -> None:
+        self.lengths, self.batch_size, self.seed = list(lengths), batch_size, seed
+        self.group_by_length, self.epoch = group_by_length, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        if not self.group_by_length:
+            return iter(order)
+        pool = 50 * self.batch_size
+        order = [i for at in range(0, len(order), pool) for i in sorted(order[at : at + pool], key=self.lengths.__getitem__)]
+        batches = [order[at : at + self.batch_size] for at in range(0, len(order), self.batch_size)]
+        # The short batch, if any, stays last: the loop cuts the order into batches by position.
+        tail = [batches.pop()] if len(batches[-1]) < self.batch_size else []
+        shuffled = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+        return iter([i for batch in shuffled + tail for i in batch])
+
+
+class KronTrainer(Trainer):
+    """`transformers.Trainer` with our loss, sampler and checkpoint marker."""
+
+    def __init__(self, *arguments: Any, sampler: EpochSampler, causal: bool, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self.model_accepts_loss_kwargs = True  # compute_loss divides by the supervised tokens of the whole step
+        self._sampler = sampler
+        self._head = SupervisedHead(self.model, causal=causal)
+        self.step_loss = 0.0
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+        return self._sampler
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Sum of token NLL over the supervised tokens of the whole optimizer step: every token weighs the same."""
+        nll, _ = self._head.token_nll(model, inputs)
+        count = num_items_in_batch if num_items_in_batch is not None else nll.numel()
+        loss = nll.sum() / count
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            loss = loss * self.args.world_size  # DDP averages gradients over processes; count is over all of them
+        return (loss, None) if return_outputs else loss
+
+    def training_step(self, *arguments: Any, **keywords: Any) -> Tensor:
+        loss = super().training_step(*arguments, **keywords)
+        self.step_loss += float(loss)
+        return loss
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        (folder / COMPLETE).touch()
+
+
+class Journal(TrainerCallback):
+    """Writes `loss.jsonl`, one line a step, and shows the bar. Stops the run when the loss is no longer finite."""
+
+    def __init__(self, path: Path, trainer: KronTrainer, rows: Sequence[Encoded], *, progress: bool) -> None:
+        self.path, self.trainer, self.rows, self.progress = path, trainer, rows, progress
+        self.bar: tqdm[Any] | None = None
+        self.started = 0.0
+        self._tokens: list[tuple[int, int, int]] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        kept = [line for line in read_journal(self.path) if line["step"] <= state.global_step]
+        _write_lines(self.path, kept)  # steps after the checkpoint are done again
+        if self.progress and state.is_world_process_zero:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", unit="step", dynamic_ncols=True)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.started = time.perf_counter()
+        self.trainer.step_loss = 0.0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        seconds = time.perf_counter() - self.started
+        examples, tokens, supervised = self._batch(args, state.global_step - 1)
+        line = {
+            "step": state.global_step,
+            "loss": self.trainer.step_loss,
+            "lr": self.trainer.optimizer.param_groups[0]["lr"],
+            "seconds": round(seconds, 4),
+            "examples": examples,
+            "tokens": tokens,
+            "supervised_tokens": supervised,
+        }
+        if state.is_world_process_zero:
+            with self.path.open("a") as handle:
+                handle.write(json.dumps(line) + "\n")
+        if self.bar is not None:
+            self.bar.update(1)
+            self.bar.set_postfix_str(f"loss {line['loss']:.4f}, {tokens / seconds:.0f} tokens/s")
+        if not math.isfinite(line["loss"]):
+            raise Diverged(state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def _batch(self, args: Any, step: int) -> tuple[int, int, int]:
+        """(examples, tokens, supervised tokens) of an optimizer step, from the batch order."""
+        if not self._tokens:
+            sampler = self.trainer._sampler
+            for epoch in itertools.count():
+                fresh = EpochSampler(
+                    sampler.lengths, batch_size=sampler.batch_size, seed=sampler.seed, group_by_length=sampler.group_by_length
+                )
+                fresh.set_epoch(epoch)
+                order = list(fresh)
+                for at in range(0, len(order), sampler.batch_size):
+                    rows = [self.rows[i] for i in order[at : at + sampler.batch_size]]
+                    supervised = sum(label != IGNORED for row in rows for label in row.labels)
+                    self._tokens.append((len(rows), sum(map(len, rows)), supervised))
+                if len(self._tokens) >= self.trainer.state.max_steps:
+                    break
+        return self._tokens[step]
+
+
+def train(
+    network: nn.Module,
+    rows: Sequence[Encoded],
+    recipe: Mapping[str, Any],
+    *,
+    directory: Path,
+    seed: int,
+    pad_id: int,
+    causal: bool,
+    runtime: Mapping[str, Any],
+    report_to: Sequence[str] = (),
+    run_name: str | None = None,
+) -> TrainReport:
+    """Fine-tune the trainable parameters of `network` on `rows`; go on from the newest whole checkpoint in `directory`.
+
+    Args:
+        network: base model with a method attached, on the CPU.
+        rows: encoded examples; their order together with `seed` fixes every batch.
+        recipe: the `trainer` config section.
+        directory: receives `loss.jsonl` and `checkpoint-<step>/`.
+        report_to: integrations of transformers, e.g. ["wandb"].
+
+    Raises:
+        ConfigError: a recipe that cannot be run.
+        CheckpointError: a checkpoint that is marked whole and cannot be read.
+        Diverged: the loss became nan or infinite.
+    """
+    if not rows:
+        raise ConfigError("no training examples; raise task.n or look at the data source")
+    directory.mkdir(parents=True, exist_ok=True)
+    arguments = _training_arguments(recipe, directory, seed, runtime, report_to, run_name)
+    sampler = EpochSampler(
+        [len(row) for row in rows],
+        batch_size=recipe["batch_size"],
+        seed=seed,
+        group_by_length=recipe["group_by_length"],
+    )
+    if recipe["gradient_checkpointing"]:
+        network.enable_input_require_grads()  # type: ignore[operator]
+    trainer = KronTrainer(
+        model=network,
+        args=arguments,
+        train_dataset=list(rows),
+        data_collator=partial(collate, pad_id=pad_id),
+        sampler=sampler,
+        causal=causal,
+    )
+    for silent in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(silent)
+    journal = Journal(directory / "loss.jsonl", trainer, rows, progress=bool(runtime["progress"]))
+    trainer.add_callback(journal)
+    checkpoint = newest_checkpoint(directory)
+    if checkpoint is not None:
+        log.info("resuming from %s", checkpoint.name)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except (OSError, RuntimeError, KeyError, EOFError, json.JSONDecodeError) as error:
+        if checkpoint is not None and trainer.state.global_step <= _step_of(checkpoint):
+            raise CheckpointError(
+                f"checkpoint {checkpoint} cannot be read ({str(error).splitlines()[0][:160]}); delete it and start again: "
+                "training goes on from the one before"
+            ) from error
+        raise
+    finally:
+        if journal.bar is not None:
+            journal.bar.close()
+    return summarise(directory, truncated=sum(row.truncated for row in rows))
+
+
+def _training_arguments(
+    recipe: Mapping[str, Any],
+    directory: Path,
+    seed: int,
+    runtime: Mapping[str, Any],
+    report_to: Sequence[str],
+    run_name: str | None,
+) -> TrainingArguments:
+    batch, micro = recipe["batch_size"], min(recipe["micro_batch_size"], recipe["batch_size"])
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if batch % (micro * processes):
+        raise ConfigError(
+            f"trainer.batch_size={batch} is not a multiple of trainer.micro_batch_size={micro} x {processes} process(es)"
+        )
+    if recipe["precision"] not in ("bf16", "fp32"):
+        raise ConfigError(f"trainer.precision={recipe['precision']!r}; use bf16 or fp32")
+    return TrainingArguments(
+        output_dir=str(directory),
+        run_name=run_name,
+        seed=seed,
+        data_seed=seed,
+        optim=recipe["optimizer"],
+        learning_rate=recipe["lr"],
+        lr_scheduler_type=recipe["schedule"],
+        # transformers reads a value below 1 as a share of the steps
+        warmup_steps=recipe["warmup_ratio"],
+        weight_decay=recipe["weight_decay"],
+        adam_beta1=recipe["betas"][0],
+        adam_beta2=recipe["betas"][1],
+        max_grad_norm=recipe["max_grad_norm"],
+        num_train_epochs=recipe["epochs"],
+        max_steps=recipe["max_steps"],
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=batch // (micro * processes),
+        activation_checkpointing=recipe["gradient_checkpointing"],
+        bf16=recipe["precision"] == "bf16",
+        use_cpu=runtime["device"] == "cpu",
+        save_strategy="steps",
+        save_steps=runtime["save_every"],
+        save_total_limit=max(2, runtime["keep_checkpoints"]),  # the newest may be a fragment after a kill
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        report_to=list(report_to) or "none",
+        remove_unused_columns=False,
+        dataloader_num_workers=0,
+        dataloader_pin_memory=runtime["device"] != "cpu",
+        label_names=["labels"],
+    )
+
+
+def newest_checkpoint(directory: Path) -> Path | None:
+    """The whole checkpoint with the most steps; fragments that a kill left behind are removed."""
+    whole = []
+    for folder in directory.glob("checkpoint-*"):
+        if (folder / COMPLETE).is_file():
+            whole.append(folder)
+        else:
+            log.info("removing %s: it was not finished", folder.name)
+            shutil.rmtree(folder, ignore_errors=True)
+    return max(whole, key=_step_of, default=None)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def read_journal(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `loss.jsonl`; a last line cut short by a kill is left out."""
+    lines: list[dict[str, Any]] = []
+    if path.is_file():
+        for text in path.read_text().splitlines():
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:
+                break
+    return lines
+
+
+def _write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    scratch.replace(path)
+
+
+def summarise(directory: Path, *, truncated: int) -> TrainReport:
+    """Read `loss.jsonl` back into a report."""
+    lines = read_journal(directory / "loss.jsonl")
+    tail = lines[-max(1, len(lines) // 10) :]
+    return TrainReport(
+        steps=len(lines),
+        seconds=sum(line["seconds"] for line in lines),
+        tokens=sum(line["tokens"] for line in lines),
+        supervised_tokens=sum(line["supervised_tokens"] for line in lines),
+        examples=sum(line["examples"] for line in lines),
+        final_loss=sum(line["loss"] for line in tail) / len(tail),
+        truncated_examples=truncated,
+    )
