@@ -22,11 +22,12 @@ FORCE       ?=
 MODEL       ?= llama2_7b
 METHOD      ?= cdka
 FORMAT      ?=
-# More Hydra overrides for any of them, as they are: ARGS="seed=1 logger=wandb"
+# More arguments as they are: Hydra overrides of the script (for tables those of configs/tables.yaml, for example
+# ARGS="render_only=true" or ARGS="extra=[logger=wandb]"), or pytest's for `make test`.
 ARGS        ?=
 
 on = $(filter 1 true yes,$(1))
-TABLE_ARGS = $(if $(SCALE),scale=$(SCALE)) $(if $(RESULTS_DIR),results.dir='$(RESULTS_DIR)') \
+TABLE_ARGS = $(if $(SCALE),table_scale=$(SCALE)) $(if $(RESULTS_DIR),results.dir='$(RESULTS_DIR)') \
   $(if $(call on,$(DRY_RUN)),dry_run=true) $(if $(call on,$(FORCE)),force=true) $(ARGS)
 
 TABLES        := $(patsubst configs/table/table%.yaml,%,$(wildcard configs/table/table*.yaml))
@@ -41,7 +42,7 @@ help: ## list every target
 	@echo
 	@echo '  tables:  SCALE=smoke|mini|small|paper (empty: chosen by the machine)  DRY_RUN=1  FORCE=1  RESULTS_DIR=dir'
 	@echo '  plan:    MODEL=name  METHOD=name  FORMAT=json'
-	@echo '  all:     ARGS="more=overrides"  PYTHON=path  TORCH_INDEX=url'
+	@echo '  all:     ARGS="more arguments"  PYTHON=path  TORCH_INDEX=url'
 
 setup: $(STAMP) ## make .venv with the locked packages and kronlab itself (does nothing when up to date)
 
@@ -89,7 +90,7 @@ plan: $(STAMP) ## count parameters, bytes and memory before training; no weights
 
 smoke: $(STAMP) ## every table once with random tiny models, into outputs/smoke
 	@set -e; for n in $(TABLES); do \
-	  $(PY) scripts/tables.py table=table$$n scale=smoke results.dir='$(or $(RESULTS_DIR),outputs/smoke)' $(ARGS); done
+	  $(PY) scripts/tables.py table=table$$n table_scale=smoke results.dir='$(or $(RESULTS_DIR),outputs/smoke)' $(ARGS); done
 
 # One target for each configs/table/tableN.yaml; help takes its line from the file's first comment.
 $(TABLE_TARGETS): reproduce-table%: $(STAMP)

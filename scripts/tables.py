@@ -1,4 +1,4 @@
-"""Reproduce a table: `python scripts/tables.py table=table2 table_scale=mini`. Stop it at any moment; typed again, it goes on."""
+"""Reproduce a table: `python scripts/tables.py table=table2 table_scale=mini`. Stopped and typed again, it goes on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Train and grade one cell, or with -m a sweep of cells: `python scripts/train.py -m method=cdka method.r2=2,8 seed=0,1`.
+"""Train and grade one cell, or a sweep: `python scripts/train.py -m method=cdka method.r2=2,8 seed=0,1`.
 
 A cell whose record is there is skipped; `force=true` does it again.
 """

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
@@ -45,9 +46,7 @@ DATA_LOCK = read_lock("requirements-data.lock")
 
 
 def make(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["make", *arguments], cwd=directory, env=ENV, capture_output=True, text=True, timeout=120
-    )
+    return subprocess.run(["make", *arguments], cwd=directory, env=ENV, capture_output=True, text=True, timeout=120)
 
 
 @pytest.fixture
@@ -71,9 +70,7 @@ def checkout(tmp_path: Path) -> Path:
 def test_each_declared_dependency_is_locked_inside_its_range(requirement: Requirement) -> None:
     version = LOCK.get(canonicalize_name(requirement.name))
     assert version is not None, f"requirements.lock lacks {requirement.name}"
-    assert requirement.specifier.contains(version), (
-        f"lock has {version}, pyproject wants {requirement.specifier}"
-    )
+    assert requirement.specifier.contains(version), f"lock has {version}, pyproject wants {requirement.specifier}"
 
 
 def test_each_range_has_a_lower_bound() -> None:
@@ -97,9 +94,7 @@ def test_the_lock_is_the_closure_of_the_declared_dependencies() -> None:
             problems.append(f"{wanted_by} needs {requirement}, locked is {LOCK[name]}")
         distribution = importlib.metadata.distribution(name)
         if Version(distribution.version).public != LOCK[name]:
-            problems.append(
-                f"{name} {distribution.version} is installed, locked is {LOCK[name]}: run make setup"
-            )
+            problems.append(f"{name} {distribution.version} is installed, locked is {LOCK[name]}: run make setup")
         for extra in {"", *requirement.extras} - {e for n, e in seen if n == name}:
             seen.add((name, extra))
             for line in distribution.requires or []:
@@ -192,9 +187,7 @@ def test_setup_names_what_it_lacks_when_there_is_no_python(checkout: Path) -> No
     assert not (checkout / ".venv").exists()
 
 
-@pytest.mark.skipif(
-    shutil.which("cc") is None, reason="without a C compiler set-up stops earlier, and says so"
-)
+@pytest.mark.skipif(shutil.which("cc") is None, reason="without a C compiler set-up stops earlier, and says so")
 def test_setup_that_failed_can_be_taken_up_again(checkout: Path) -> None:
     """No stamp is left, and a package cut off half-way is not taken for installed."""
     shutil.rmtree(checkout / ".venv")
@@ -222,13 +215,22 @@ def test_setup_that_failed_can_be_taken_up_again(checkout: Path) -> None:
 def test_table_settings_reach_the_script(checkout: Path) -> None:
     plain = make(checkout, "-n", "reproduce-table2").stdout.split()
     assert plain == [".venv/bin/python", "scripts/tables.py", "table=table2"]
-    settings = ("SCALE=smoke", "DRY_RUN=1", "FORCE=1", "RESULTS_DIR=/tmp/r", "ARGS=seed=3 logger=wandb")
+    settings = (
+        "SCALE=smoke",
+        "DRY_RUN=1",
+        "FORCE=1",
+        "RESULTS_DIR=/tmp/r",
+        "ARGS=render_only=true extra=[seed=3]",
+    )
     full = make(checkout, "-n", "reproduce-table11", *settings).stdout.split()
     assert full[2:] == [
-        *("table=table11", "scale=smoke", "results.dir='/tmp/r'", "dry_run=true", "force=true"),
-        *("seed=3", "logger=wandb"),
+        *("table=table11", "table_scale=smoke", "results.dir='/tmp/r'", "dry_run=true", "force=true"),
+        *("render_only=true", "extra=[seed=3]"),
     ]
     assert make(checkout, "-n", "reproduce-table2", "DRY_RUN=0", "FORCE=").stdout.split() == plain
+    known = OmegaConf.load(ROOT / "configs/tables.yaml")
+    unknown = [a for a in full[3:] if OmegaConf.select(known, a.split("=")[0], default="absent") == "absent"]
+    assert unknown == [], "scripts/tables.py has no such settings"
 
 
 def test_a_table_that_does_not_exist_is_one_clear_line(checkout: Path) -> None:
@@ -269,9 +271,7 @@ def test_ci_runs_lint_then_the_readme_test_command(tmp_path: Path, with_data: bo
     data = tmp_path / "shared/data"
     if with_data:
         data.mkdir(parents=True)
-    done = subprocess.run(
-        [checkout / ".ci/run"], cwd="/", env=ENV, capture_output=True, text=True, timeout=60
-    )
+    done = subprocess.run([checkout / ".ci/run"], cwd="/", env=ENV, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     seen = str(data) if with_data else "unset"
     assert done.stdout.splitlines() == [f"make lint {seen}", f"make test {seen}"]
@@ -292,9 +292,7 @@ def test_gitignore_hides_no_source() -> None:
         str(path.relative_to(ROOT))
         for folder in ("src", "scripts", "configs", "tests", "docs", ".ci")
         for path in (ROOT / folder).rglob("*")
-        if path.is_file()
-        and "__pycache__" not in path.parts
-        and not any(p.endswith(".egg-info") for p in path.parts)
+        if path.is_file() and "__pycache__" not in path.parts and not any(p.endswith(".egg-info") for p in path.parts)
     ]
     assert files
     done = subprocess.run(

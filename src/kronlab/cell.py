@@ -25,7 +25,7 @@ SCALES = ("smoke", "mini", "small", "paper")
 RECORD_SCHEMA = 1
 
 # Facts about a model config that change no number: where its weights lie, what one may do with them.
-_NOT_SCIENTIFIC_IN_MODEL = ("directory", "licence", "gated", "pypi", "config", "lm_head")
+_NOT_SCIENTIFIC_IN_MODEL = ("directory", "licence", "gated", "pypi", "config")
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,9 @@ def validate(config: Mapping[str, Any]) -> None:
         if not ok:
             faults.append(f"{key}={value!r}: must be {allowed}")
 
-    def number(section: str, key: str, *, above: float | None = None, least: float | None = None, whole: bool = False) -> None:
+    def number(
+        section: str, key: str, *, above: float | None = None, least: float | None = None, whole: bool = False
+    ) -> None:
         value = config[section][key]
         kind = int if whole else (int, float)
         right = isinstance(value, kind) and not isinstance(value, bool)
@@ -138,7 +140,12 @@ def validate(config: Mapping[str, Any]) -> None:
 
     check(config["scale"] in SCALES, "scale", config["scale"], f"one of {', '.join(SCALES)}")
     seed = config["seed"]
-    check(isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0, "seed", seed, "a whole number of at least 0")
+    check(
+        isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0,
+        "seed",
+        seed,
+        "a whole number of at least 0",
+    )
     number("trainer", "lr", above=0)
     number("trainer", "epochs", above=0)
     number("trainer", "batch_size", least=1, whole=True)
@@ -157,7 +164,12 @@ def validate(config: Mapping[str, Any]) -> None:
         right = named or absent or (isinstance(value, int) and not isinstance(value, bool) and value >= 1)
         check(right, f"method.{key}", value, "a whole number of at least 1")
     n = config["task"]["n"]
-    check(n is None or (isinstance(n, int) and n >= 1), "task.n", n, "a whole number of at least 1, or null for all")
+    check(
+        n is None or (isinstance(n, int) and n >= 1),
+        "task.n",
+        n,
+        "a whole number of at least 1, or null for all",
+    )
     device = config["runtime"]["device"]
     check(device in ("auto", "cpu", "cuda"), "runtime.device", device, "auto, cpu or cuda")
     check(bool(config["eval"]), "eval", config["eval"], "at least one eval, as the task configs name them")
@@ -165,7 +177,12 @@ def validate(config: Mapping[str, Any]) -> None:
         grader = settings["grader"]
         check(grader in GRADERS, f"eval.{name}.grader", grader, f"one of {', '.join(GRADERS)}")
         count = settings["n"]
-        check(count is None or (isinstance(count, int) and count >= 1), f"eval.{name}.n", count, "at least 1, or null for all")
+        check(
+            count is None or (isinstance(count, int) and count >= 1),
+            f"eval.{name}.n",
+            count,
+            "at least 1, or null for all",
+        )
     if faults:
         raise ConfigError("\n".join(faults))
 

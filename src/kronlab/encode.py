@@ -23,7 +23,7 @@ IGNORED = -100  # the label that torch's cross entropy leaves out
 class Encoded:
     """One example as token ids.
 
-    Causal models read `input_ids` = prompt + completion + EOS, and `labels` has the same length with the prompt ignored.
+    Causal models read `input_ids` = prompt + completion + EOS, and `labels` the same with the prompt ignored.
     Encoder-decoder models read the prompt as `input_ids`; `labels` is completion + EOS.
     """
 
@@ -36,11 +36,18 @@ class Encoded:
 
 
 def encode(example: Example, tokenizer: PreTrainedTokenizerBase, *, causal: bool, max_length: int) -> Encoded:
-    """Tokenise prompt and completion apart, so that training sees exactly the prompt ids that generation starts from."""
-    prompt = tokenizer(example.prompt)["input_ids"] if causal else tokenizer(example.prompt, truncation=False)["input_ids"]
-    completion = [*tokenizer(example.completion, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    """Tokenise prompt and completion apart, so that training sees the prompt ids that generation starts from."""
+    prompt = (
+        tokenizer(example.prompt)["input_ids"] if causal else tokenizer(example.prompt, truncation=False)["input_ids"]
+    )
+    completion = [
+        *tokenizer(example.completion, add_special_tokens=False)["input_ids"],
+        tokenizer.eos_token_id,
+    ]
     if causal:
-        if prompt and prompt[-1] == tokenizer.eos_token_id:  # some tokenizers close every text; the completion follows here
+        if (
+            prompt and prompt[-1] == tokenizer.eos_token_id
+        ):  # some tokenizers close every text; the completion follows here
             prompt = prompt[:-1]
         ids, labels = prompt + completion, [IGNORED] * len(prompt) + completion
         return Encoded(ids[:max_length], labels[:max_length], truncated=len(ids) > max_length)
@@ -98,7 +105,11 @@ class SupervisedHead:
             (N,) values in row-major order of the batch, and (N,) the row that each belongs to.
         """
         labels = batch["labels"]
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+        inputs = {
+            "input_ids": batch["input_ids"],
+            "attention_mask": batch["attention_mask"],
+            "use_cache": False,
+        }
         keep = labels != IGNORED  # (B, T)
         if self.causal:  # position t predicts token t + 1
             keep = torch.cat([keep[:, 1:], torch.zeros_like(keep[:, :1])], dim=1)

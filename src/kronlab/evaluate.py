@@ -38,8 +38,8 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """Complete, grade and score every example; return one row each, in the order of `examples`.
 
-    A row holds: id, prompt_sha, completion (raw), tokens, finished, gold, answer (extracted), correct, also (verdicts of
-    further graders), nll (nats, sum over the reference completion and EOS), nll_tokens, seconds (share of its batch).
+    A row holds: id, prompt_sha, completion (raw), tokens, finished, gold, answer (extracted), correct, also (verdicts
+    of further graders), nll (nats, sum over the reference completion and EOS), nll_tokens, seconds (share of its batch).
     """
     rows = {row["id"]: row for row in read_rows(path)}
     wanted = {example.id for example in examples}
@@ -103,11 +103,13 @@ def mean_and_error(values: Sequence[float]) -> dict[str, Any]:
     return {"value": mean, "n": n, "stderr": error}
 
 
-def score(rows: Sequence[Mapping[str, Any]], examples: Sequence[Example], settings: Mapping[str, Any]) -> dict[str, Any]:
+def score(
+    rows: Sequence[Mapping[str, Any]], examples: Sequence[Example], settings: Mapping[str, Any]
+) -> dict[str, Any]:
     """What the record keeps of one eval: scores, and per sample the verdict and the likelihood for paired comparisons.
 
-    `nll_per_token` is the mean over all reference tokens of all samples (nats); its standard error is that of a ratio, with
-    samples as the units.
+    `nll_per_token` is the mean over all reference tokens of all samples (nats); its standard error is that of a ratio,
+    with samples as the units.
     """
     tokens = sum(row["nll_tokens"] for row in rows)
     per_token = math.fsum(row["nll"] for row in rows) / tokens

@@ -9,7 +9,6 @@ import os
 import shutil
 import sys
 import traceback
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +24,7 @@ from kronlab.data import Example, fingerprint, load_examples
 from kronlab.encode import encode
 from kronlab.errors import CheckpointError, ConfigError, KronlabError
 from kronlab.evaluate import evaluate, score
-from kronlab.generate import CompletionScorer
+from kronlab.generate import CompletionScorer, ready_to_grade
 from kronlab.runs import Store
 from kronlab.train import Diverged, TrainReport, train
 
@@ -111,6 +110,7 @@ def _train_and_grade(cell: Cell, store: Store) -> dict[str, Any]:
     if config["method"]["name"] != "none":
         fields["train"] = _train(cell, store, network, tokenizer, causal=causal)
     network.to(_device(config["runtime"]))
+    ready_to_grade(network, precision)
     folder = store.folder(cell.scale, cell.id)
     scorer = CompletionScorer(network, tokenizer, causal=causal)
     evals = {}
@@ -225,8 +225,6 @@ def _prepare_process(runtime: dict[str, Any]) -> None:
         torch.set_num_threads(int(runtime["threads"]))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers.logging.set_verbosity_error()
-    # PEFT asks transformers by an old name; nothing that a user of ours could change
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
 
 def _adapter_bytes(network: nn.Module) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +30,12 @@ class AnswerStop(StoppingCriteria):
     """Stops a row once its answer line is complete (matches `pattern`) or one of `strings` has appeared."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, prompt_length: int, *, pattern: str | None, strings: Sequence[str]
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt_length: int,
+        *,
+        pattern: str | None,
+        strings: Sequence[str],
     ) -> None:
         self.tokenizer, self.prompt_length, self.strings = tokenizer, prompt_length, tuple(strings)
         self.pattern = re.compile(pattern) if pattern else None
@@ -45,12 +49,15 @@ class AnswerStop(StoppingCriteria):
         return torch.tensor([self.met(text) for text in texts], device=input_ids.device)
 
 
-def autocast_for(network: nn.Module) -> AbstractContextManager[Any]:
-    """The numerics of training: bf16 autocast over a bf16 base (its adapters stay in fp32), nothing over an fp32 base."""
-    parameter = next(network.parameters())
-    if any(p.dtype == torch.bfloat16 for p in network.parameters()):
-        return torch.autocast(parameter.device.type, dtype=torch.bfloat16)
-    return nullcontext()
+def ready_to_grade(network: nn.Module, dtype: torch.dtype) -> None:
+    """Freeze the model and cast what was trained to the base's dtype, in place.
+
+    Training multiplies fp32 adapters under bf16 autocast, that is, rounded to bf16; casting them once gives the same
+    products and saves a cast in every layer at every token. Nothing is merged: rounding W + dW to bf16 would lose small updates.
+    """
+    network.requires_grad_(False)
+    network.to(dtype)
+    network.eval()
 
 
 def left_padded(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, causal: bool) -> dict[str, Tensor]:
@@ -83,7 +90,9 @@ def generate(
     Args:
         settings: `max_new_tokens`, `stop_pattern` (a regular expression or null) and `stop_strings`.
     """
-    batch = {k: v.to(next(network.parameters()).device) for k, v in left_padded(prompts, tokenizer, causal=causal).items()}
+    batch = {
+        k: v.to(next(network.parameters()).device) for k, v in left_padded(prompts, tokenizer, causal=causal).items()
+    }
     start = batch["input_ids"].shape[1] if causal else 1  # an encoder-decoder starts from one start token
     stop = AnswerStop(tokenizer, start, pattern=settings["stop_pattern"], strings=settings["stop_strings"])
     config = GenerationConfig(
@@ -94,13 +103,11 @@ def generate(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
-        decoder_start_token_id=None if causal else network.config.decoder_start_token_id,
+        decoder_start_token_id=None if causal else network.config.decoder_start_token_id,  # type: ignore[union-attr]
     )
-    network.eval()
-    with autocast_for(network):
-        output = network.generate(  # type: ignore[operator]
-            **batch, generation_config=config, stopping_criteria=StoppingCriteriaList([stop])
-        )
+    output = network.generate(  # type: ignore[operator]
+        **batch, generation_config=config, stopping_criteria=StoppingCriteriaList([stop])
+    )
     completions = []
     for row in output[:, start:].tolist():
         ended = tokenizer.eos_token_id in row
@@ -121,7 +128,7 @@ def length_sorted_batches(examples: Sequence[Example], batch_size: int) -> Itera
 
 
 class CompletionScorer:
-    """Held-out negative log-likelihood of reference completions, in nats, under the numerics of training."""
+    """Held-out negative log-likelihood of reference completions, in nats, in the dtype of `ready_to_grade`."""
 
     def __init__(self, network: nn.Module, tokenizer: PreTrainedTokenizerBase, *, causal: bool) -> None:
         self.network, self.tokenizer, self.causal = network, tokenizer, causal
@@ -133,11 +140,7 @@ class CompletionScorer:
         rows = [encode(example, self.tokenizer, causal=self.causal, max_length=max_length) for example in examples]
         batch = collate(rows, pad_id=self.tokenizer.pad_token_id)
         batch = {k: v.to(next(self.network.parameters()).device) for k, v in batch.items()}
-        self.network.eval()
-        with autocast_for(self.network):
-            nll, row = self.head.token_nll(self.network, batch)
+        nll, row = self.head.token_nll(self.network, batch)
         sums = torch.zeros(len(rows), dtype=torch.float64).index_add_(0, row.cpu(), nll.double().cpu())
         counts = torch.bincount(row.cpu(), minlength=len(rows))
         return list(zip(sums.tolist(), counts.tolist(), strict=True))
-
-

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from kronlab.errors import ConfigError
 
@@ -32,7 +34,11 @@ def _lora(model: Mapping[str, Any], method: Mapping[str, Any], network: nn.Modul
     if method["lm_head"]:
         arguments["target_modules"] = _with_output_layer(network, arguments["target_modules"])
     return LoraConfig(
-        r=method["r"], lora_alpha=method["alpha"], lora_dropout=method["dropout"], **arguments, **dict(method["options"])
+        r=method["r"],
+        lora_alpha=method["alpha"],
+        lora_dropout=method["dropout"],
+        **arguments,
+        **dict(method["options"]),
     )
 
 
@@ -46,7 +52,9 @@ def _cdka(model: Mapping[str, Any], method: Mapping[str, Any], network: nn.Modul
 def _kron_lora(model: Mapping[str, Any], method: Mapping[str, Any], network: nn.Module) -> Any:
     from kronlab.adapters import KronLoraConfig
 
-    own = {key: method[key] for key in ("r", "d_a1", "d_a2", "alpha", "scaling", "dropout", "lm_head", "on_indivisible")}
+    own = {
+        key: method[key] for key in ("r", "d_a1", "d_a2", "alpha", "scaling", "dropout", "lm_head", "on_indivisible")
+    }
     return KronLoraConfig(**own, init_weights=method["init"], **_common(model, method), **dict(method["options"]))
 
 
@@ -61,7 +69,7 @@ METHODS = ("none", "full", *PEFT_METHODS)
 
 def _with_output_layer(network: nn.Module, targets: str | list[str]) -> list[str]:
     """`all-linear` leaves the output layer out; name every linear module and the output layer instead."""
-    output = network.get_output_embeddings() if hasattr(network, "get_output_embeddings") else None
+    output = network.get_output_embeddings() if isinstance(network, PreTrainedModel) else None
     names = {
         name.rpartition(".")[2]
         for name, module in network.named_modules()
@@ -98,4 +106,7 @@ def attach(network: nn.Module, model: Mapping[str, Any], method: Mapping[str, An
         peft_config = PEFT_METHODS[name](model, method, network)
     except TypeError as error:
         raise ConfigError(f"method {name}: {error} (look at method.options)") from error
-    return get_peft_model(network, peft_config)
+    with warnings.catch_warnings():
+        # PEFT asks transformers by an old name; nothing that a user of ours could change
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        return get_peft_model(network, peft_config)

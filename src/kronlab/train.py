@@ -62,8 +62,8 @@ class TrainReport:
 class EpochSampler(Sampler[int]):
     """Batch order as a function of (seed, epoch) alone, so that it is the same for every method and after a resume.
 
-    With `group_by_length`, examples are shuffled, cut into pools of 50 batches, sorted by length inside a pool, cut into
-    batches, and the batches are shuffled: little padding, and no drift of length over the run.
+    With `group_by_length`, examples are shuffled, cut into pools of 50 batches, sorted by length inside a pool, cut
+    into batches, and the batches are shuffled: little padding, and no drift of length over the run.
     """
 
     def __init__(self, lengths: Sequence[int], *, batch_size: int, seed: int, group_by_length: bool) -> None:
@@ -82,7 +82,9 @@ class EpochSampler(Sampler[int]):
         if not self.group_by_length:
             return iter(order)
         pool = 50 * self.batch_size
-        order = [i for at in range(0, len(order), pool) for i in sorted(order[at : at + pool], key=self.lengths.__getitem__)]
+        order = [
+            i for at in range(0, len(order), pool) for i in sorted(order[at : at + pool], key=self.lengths.__getitem__)
+        ]
         batches = [order[at : at + self.batch_size] for at in range(0, len(order), self.batch_size)]
         # The short batch, if any, stays last: the loop cuts the order into batches by position.
         tail = [batches.pop()] if len(batches[-1]) < self.batch_size else []
@@ -104,7 +106,11 @@ class KronTrainer(Trainer):
         return self._sampler
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
     ) -> Any:
         """Sum of token NLL over the supervised tokens of the whole optimizer step: every token weighs the same."""
         nll, _ = self._head.token_nll(model, inputs)
@@ -138,7 +144,13 @@ class Journal(TrainerCallback):
         kept = [line for line in read_journal(self.path) if line["step"] <= state.global_step]
         _write_lines(self.path, kept)  # steps after the checkpoint are done again
         if self.progress and state.is_world_process_zero:
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", unit="step", dynamic_ncols=True)
+            self.bar = tqdm(
+                total=state.max_steps,
+                initial=state.global_step,
+                desc="train",
+                unit="step",
+                dynamic_ncols=True,
+            )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.started = time.perf_counter()
@@ -175,7 +187,10 @@ class Journal(TrainerCallback):
             sampler = self.trainer._sampler
             for epoch in itertools.count():
                 fresh = EpochSampler(
-                    sampler.lengths, batch_size=sampler.batch_size, seed=sampler.seed, group_by_length=sampler.group_by_length
+                    sampler.lengths,
+                    batch_size=sampler.batch_size,
+                    seed=sampler.seed,
+                    group_by_length=sampler.group_by_length,
                 )
                 fresh.set_epoch(epoch)
                 order = list(fresh)
@@ -247,8 +262,8 @@ def train(
     except (OSError, RuntimeError, KeyError, EOFError, json.JSONDecodeError) as error:
         if checkpoint is not None and trainer.state.global_step <= _step_of(checkpoint):
             raise CheckpointError(
-                f"checkpoint {checkpoint} cannot be read ({str(error).splitlines()[0][:160]}); delete it and start again: "
-                "training goes on from the one before"
+                f"checkpoint {checkpoint} cannot be read ({str(error).splitlines()[0][:160]}); "
+                "delete it and start again: training goes on from the one before"
             ) from error
         raise
     finally:
@@ -269,7 +284,7 @@ def _training_arguments(
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if batch % (micro * processes):
         raise ConfigError(
-            f"trainer.batch_size={batch} is not a multiple of trainer.micro_batch_size={micro} x {processes} process(es)"
+            f"trainer.batch_size={batch} is not a multiple of trainer.micro_batch_size={micro} x {processes} processes"
         )
     if recipe["precision"] not in ("bf16", "fp32"):
         raise ConfigError(f"trainer.precision={recipe['precision']!r}; use bf16 or fp32")

@@ -38,9 +38,7 @@ def _llama(**settings: Any) -> nn.Module:
 
 
 def _gpt2(**settings: Any) -> nn.Module:
-    return GPT2LMHeadModel(
-        GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=32, vocab_size=40, **settings)
-    )
+    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=32, vocab_size=40, **settings))
 
 
 def _t5(**settings: Any) -> nn.Module:
@@ -61,9 +59,14 @@ class Tiny:
     task: str
     linears: int  # how many "all-linear" adapts
 
-    def model(self, seed: int = 0, dtype: torch.dtype = torch.float32, **settings: Any) -> nn.Module:
+    def model(
+        self, seed: int = 0, dtype: torch.dtype = torch.float32, untie: bool = False, **settings: Any
+    ) -> nn.Module:
         torch.manual_seed(seed)
-        return self.build(**settings).to(dtype).eval()
+        model: Any = self.build(**settings).to(dtype).eval()
+        if untie:
+            model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+        return model
 
     def logits(self, model: nn.Module) -> Tensor:
         ids = torch.arange(12).view(2, 6) + 3
@@ -75,7 +78,7 @@ TINY = {
     "llama": Tiny(_llama, "CAUSAL_LM", linears=2 * 7),
     "gpt2": Tiny(_gpt2, "CAUSAL_LM", linears=2 * 4),
     "t5": Tiny(_t5, "SEQ_2_SEQ_LM", linears=2 * 6 + 2 * 10),
-    "distilbert": Tiny(_distilbert, "SEQ_CLS", linears=2 * 6 + 1),  # pre_classifier, not the classifier
+    "distilbert": Tiny(_distilbert, "SEQ_CLS", linears=2 * 6),  # the head is trained in full
 }
 CONFIGS: dict[str, Callable[..., KronConfig]] = {
     "cdka": lambda **kw: CdkaConfig(**{"r1": 2, "r2": 4, "r": 3, "alpha": 8, **kw}),

@@ -154,8 +154,7 @@ def test_strict_reads(completion: str, answer: str | None) -> None:
         assert not grade(completion, normal_form(Fraction(answer) + 1))
     else:  # whatever a lenient reader might have taken from it is not accepted either
         assert not any(
-            grade(completion, gold)
-            for gold in ["0", "3", "5", "6", "12", "18", *re.findall(r"[0-9]+", completion)]
+            grade(completion, gold) for gold in ["0", "3", "5", "6", "12", "18", *re.findall(r"[0-9]+", completion)]
         )
 
 
@@ -226,27 +225,31 @@ def test_bad_arguments_are_one_clear_line() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", [" " * 20_000, "* " * 10_000, "- " * 10_000, "5" + " ," * 10_000, "9" * 20_000, "$ " * 9_999]
+    "text",
+    [
+        " " * 20_000,
+        "* " * 10_000,
+        "- " * 10_000,
+        "5" + " ," * 10_000,
+        "5" + "*" * 30_000,
+        "9" * 20_000,
+        "$ " * 9_999,
+    ],
 )
 def test_degenerate_text_is_read_in_no_time(text: str) -> None:
     start = time.perf_counter()
-    assert extract("#### " + text + "x 3 4") in (None, "5")
+    assert extract("#### " + text + "y") in (None, "5")
     assert time.perf_counter() - start < 1.0  # a backtracking pattern would take minutes
 
 
 @needs_data
 def test_all_real_gold_answers_are_read_right() -> None:
     misread = []
-    rows = [
-        json.loads(line)
-        for line in (Path(DATA or "") / "gsm8k" / "test.jsonl").read_text("utf-8").splitlines()
-    ]
+    rows = [json.loads(line) for line in (Path(DATA or "") / "gsm8k" / "test.jsonl").read_text("utf-8").splitlines()]
     assert len(rows) == 1319
     for i, row in enumerate(rows):
         gold = row["answer"].split("#### ")[1]
-        value = Decimal(
-            gold.replace(",", "")
-        )  # independent of the grader: these are plain or grouped integers
+        value = Decimal(gold.replace(",", ""))  # independent of the grader: these are plain or grouped integers
         assert extract(row["answer"]) == str(value), (i, gold)
         assert grade(row["answer"], gold)
         assert grade(f"#### {value}", row["answer"])
@@ -321,9 +324,7 @@ def test_any_text_gets_a_verdict(text: str) -> None:
         assert isinstance(grade(completion, "1,234", "paper"), bool)
 
 
-@given(
-    st.text(st.characters(exclude_characters="#"), max_size=60).filter(lambda t: "answer" not in t.casefold())
-)
+@given(st.text(st.characters(exclude_characters="#"), max_size=60).filter(lambda t: "answer" not in t.casefold()))
 def test_without_a_marker_there_is_no_answer(text: str) -> None:
     assert extract(text) is None or "\uff03" in text
 

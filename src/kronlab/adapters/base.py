@@ -99,9 +99,9 @@ class KronConfig(PeftConfig):
     init_weights: str = field(
         default="kaiming",
         metadata={
-            "help": "Start of the factors that are not zero then: 'kaiming' uniform with a=√5 | 'gaussian' of "
-            "variance 1/fan_in | 'orthogonal' (orthonormal rows, or columns where those are fewer). "
-            "One factor always starts at zero, and ΔW with it."
+            "help": "Start of the factors that are not zero then: 'kaiming' uniform with a=√5 | 'gaussian' "
+            "of variance 1/fan_in | 'orthogonal': orthonormal rows, or columns where those are fewer. One "
+            "factor always starts at zero, and ΔW with it."
         },
     )
     target_modules: list[str] | str | None = field(
@@ -125,15 +125,11 @@ class KronConfig(PeftConfig):
     )
     bias: str = field(
         default="none",
-        metadata={
-            "help": "Biases to be trained: 'none' | 'all' | 'cdka_only' or 'kron_lora_only' (adapted layers)."
-        },
+        metadata={"help": "Biases to be trained: 'none' | 'all' | 'cdka_only' or 'kron_lora_only' (adapted layers)."},
     )
     lm_head: bool = field(
         default=False,
-        metadata={
-            "help": "Adapt the output embedding too, whatever target_modules selects; exclude_modules wins."
-        },
+        metadata={"help": "Adapt the output embedding too, whatever target_modules selects; exclude_modules wins."},
     )
     on_indivisible: str = field(
         default="error",
@@ -171,9 +167,7 @@ class KronConfig(PeftConfig):
         if isinstance(self.scaling, str):
             if self.scaling not in self._scalings():
                 allowed = ", ".join(self._scalings())
-                raise ConfigError(
-                    f"{where}: scaling={self.scaling!r} is unknown; use {allowed}, or a number for λ"
-                )
+                raise ConfigError(f"{where}: scaling={self.scaling!r} is unknown; use {allowed}, or a number for λ")
         elif isinstance(self.scaling, bool) or not isinstance(self.scaling, int | float):
             raise ConfigError(f"{where}: scaling={self.scaling!r} is neither a name nor a number")
         elif not math.isfinite(self.scaling):
@@ -184,17 +178,13 @@ class KronConfig(PeftConfig):
         _check_choice(where, "on_indivisible", self.on_indivisible, ("error", "fit"))
         _check_choice(where, "bias", self.bias, ("none", "all", f"{self.method}_only"))
         if self.layers_pattern and self.layers_to_transform is None:
-            raise ConfigError(
-                f"{where}: layers_pattern says nothing without layers_to_transform; give both or neither"
-            )
+            raise ConfigError(f"{where}: layers_pattern says nothing without layers_to_transform; give both or neither")
         for name, value in self._patterns():
             for pattern in value:
                 try:
                     re.compile(pattern)
                 except re.error as error:
-                    raise ConfigError(
-                        f"{where}: {name} has {pattern!r}, no regular expression ({error})"
-                    ) from None
+                    raise ConfigError(f"{where}: {name} has {pattern!r}, no regular expression ({error})") from None
         for pattern, r in self.r_pattern.items():
             self._check_count(f"r_pattern[{pattern!r}]", r)
         for pattern, alpha in self.alpha_pattern.items():
@@ -507,13 +497,9 @@ class KronModel(BaseTuner):
         config = self.peft_config[adapter_name]
         names = [name for name, layer in adapter_layers(model) if adapter_name in layer.components]
         for field_name, patterns in config._patterns():
-            unused = sorted(
-                p for p in patterns if not any(re.match(rf"(.*\.)?({p})$", name) for name in names)
-            )
+            unused = sorted(p for p in patterns if not any(re.match(rf"(.*\.)?({p})$", name) for name in names))
             if unused and field_name != "alpha_pattern":  # PEFT warns of that one itself
-                warnings.warn(
-                    f"{field_name} {unused} matched no adapted module and had no effect", stacklevel=2
-                )
+                warnings.warn(f"{field_name} {unused} matched no adapted module and had no effect", stacklevel=2)
 
     def _prepare_adapter_config(self, peft_config: KronConfig, model_config: dict) -> KronConfig:
         if peft_config.target_modules is None:
@@ -522,19 +508,21 @@ class KronModel(BaseTuner):
 
     def _prepare_model(self, peft_config: KronConfig, model: nn.Module) -> None:
         if peft_config.lm_head:
-            peft_config.output_module = _output_module_name(model)  # type: ignore[misc]  # shadows the class's None
-            name = peft_config.output_module
-            if any(name == kept or name.endswith(f".{kept}") for kept in peft_config.modules_to_save or ()):
-                raise ConfigError(
-                    f"lm_head=True adapts {name}, which modules_to_save trains in full; drop one of them"
-                )
+            name = _output_module_name(model)
+            peft_config.output_module = name  # type: ignore[misc]  # shadows the class's None
+            if any(name.endswith(kept) for kept in peft_config.modules_to_save or ()):
+                raise ConfigError(f"lm_head=True adapts {name}, which modules_to_save trains in full; drop one of them")
 
     @staticmethod
     def _check_target_module_exists(peft_config: KronConfig, key: str) -> Any:
+        # PEFT wraps every module whose name ends like one in modules_to_save ("classifier" takes DistilBERT's
+        # pre_classifier too) and stumbles over one that is adapted by then.
+        if any(key.endswith(kept) for kept in peft_config.modules_to_save or ()):
+            return False
         found = BaseTuner._check_target_module_exists(peft_config, key)
         if found is None or found is False:  # an excluded module is neither
             return key == peft_config.output_module
-        return found
+        return found and (key == peft_config.output_module or _in_chosen_layers(peft_config, key))
 
     def _create_and_replace(
         self,
@@ -575,6 +563,19 @@ def adapter_layers(model: nn.Module) -> Iterator[tuple[str, KronLinear]]:
             yield name, module
 
 
+def _in_chosen_layers(config: KronConfig, key: str) -> bool:
+    """Whether layers_to_transform leaves a module in; PEFT asks only of names matched at their end."""
+    chosen = config.layers_to_transform
+    if chosen is None or chosen == []:
+        return True
+    patterns = config.layers_pattern or r"[^.]*"
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        match = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", key)  # the first number in the name is the block's
+        if match:
+            return int(match[1]) in ([chosen] if isinstance(chosen, int) else chosen)
+    return False
+
+
 def _output_module_name(model: nn.Module) -> str:
     getter = getattr(model, "get_output_embeddings", None)
     output = getter() if getter is not None else None
@@ -593,9 +594,7 @@ def _check_supported(target: Any, name: str) -> None:
     if isinstance(target, BaseTunerLayer):
         reason = "already carries an adapter of another method; unload that one first"
     elif not isinstance(target, nn.Linear | Conv1D):
-        reason = (
-            "is neither nn.Linear nor transformers' Conv1D; leave it out of target_modules, or exclude it"
-        )
+        reason = "is neither nn.Linear nor transformers' Conv1D; leave it out of target_modules, or exclude it"
     elif not target.weight.is_floating_point() or target.weight.dtype.itemsize < 2 or "bitsandbytes" in kind:
         reason = "is quantised, which is not supported; load the model in 16 or 32 bits"
     elif kind.endswith("NonDynamicallyQuantizableLinear"):

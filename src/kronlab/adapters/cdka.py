@@ -76,9 +76,7 @@ class CdkaConfig(KronConfig):
     alpha: float = field(default=64, metadata={"help": "Numerator α of the scale λ."})
     scaling: str | float = field(
         default="cdka",
-        metadata={
-            "help": "λ: 'cdka' α/√(r·r2) | 'rslora' α/√r | 'lora' α/r | a number, λ itself (α then unused)."
-        },
+        metadata={"help": "λ: 'cdka' α/√(r·r2) | 'rslora' α/√r | 'lora' α/r | a number, λ itself (α then unused)."},
     )
     r1_pattern: dict[str, int | str] = field(
         default_factory=dict,
@@ -197,6 +195,4 @@ def load_authors_state_dict(
                 f"{theirs}: shape {tuple(state_dict[theirs].shape)} given and {tuple(ours[key].shape)} "
                 "in the model; attach the adapter with the (r1, r2, r) that it was trained with"
             )
-    set_peft_model_state_dict(
-        peft_model, {key: state_dict[k] for k, key in wanted.items()}, adapter_name=adapter_name
-    )
+    set_peft_model_state_dict(peft_model, {key: state_dict[k] for k, key in wanted.items()}, adapter_name=adapter_name)

@@ -26,9 +26,7 @@ from torch import Tensor
 __all__ = ["cdka_apply", "cdka_delta", "kron_lora_apply", "kron_lora_delta"]
 
 
-def cdka_apply(
-    x: Tensor, A: Tensor, B: Tensor, r: int, scale: float = 1.0, base: Tensor | None = None
-) -> Tensor:
+def cdka_apply(x: Tensor, A: Tensor, B: Tensor, r: int, scale: float = 1.0, base: Tensor | None = None) -> Tensor:
     """``base + x · ΔWᵀ`` with ΔW = scale · Σᵢ B_i ⊗ A_i, without forming ΔW.
 
     Cost: T·r1·r·d_in + T·r2·r·d_out multiply-adds, in two GEMMs, (T·r2, d_in/r2)(d_in/r2, r1·r) and
@@ -87,8 +85,8 @@ def kron_lora_apply(
     """``base + x · ΔWᵀ`` with ΔW = scale · A ⊗ (B1 · B2), without forming ΔW.
 
     Order: B2 on the reshaped input, A on the block axis of the small tensor, B1.
-    Cost: T·r·(d_in + d_a1·d_a2 + d_out) multiply-adds. Every result is laid out as the next step
-    and the layer want it; nothing of size T·d_out is permuted.
+    Cost: T·r·(d_in + d_a1·d_a2 + d_out) multiply-adds. Only the small tensors between the
+    GEMMs are permuted; the last GEMM's result is laid out as the layer wants it.
 
     Args:
         x: (..., d_in), d_in = d_a1·d_b1.
@@ -109,8 +107,11 @@ def kron_lora_apply(
     tokens = math.prod(lead)
 
     h = F.linear(x.reshape(tokens * d_a1, d_b1), B2).view(tokens, d_a1, r)  # (T·d_a1, d_b1) -> (T, d_a1, r)
-    h = torch.matmul(A * scale, h)  # (T, d_a1, r) -> (T, d_a2, r)
-    y = F.linear(h.reshape(tokens * d_a2, r), B1).view(*lead, d_a2 * d_b2)  # (T·d_a2, r) -> (T·d_a2, d_b2)
+    # A acts on the middle axis. Spelled out as one GEMM: torch.matmul would choose its kernel by
+    # requires_grad, and a trained and a reloaded adapter would differ in rounding.
+    h = F.linear(h.transpose(1, 2).reshape(tokens * r, d_a1), A * scale)  # (T·r, d_a1) -> (T·r, d_a2)
+    h = h.view(tokens, r, d_a2).transpose(1, 2).reshape(tokens * d_a2, r)
+    y = F.linear(h, B1).view(*lead, d_a2 * d_b2)  # (T·d_a2, r) -> (T·d_a2, d_b2)
     return y if base is None else base + y
 
 

@@ -69,9 +69,7 @@ class KronLoraConfig(KronConfig):
     d_a1: int = field(default=2, metadata={"help": "Columns of A; divides d_in."})
     d_a2: int | None = field(
         default=None,
-        metadata={
-            "help": "Rows of A; divides d_out. None: the divisor of the hidden size h nearest to h/200."
-        },
+        metadata={"help": "Rows of A; divides d_out. None: the divisor of the hidden size h nearest to h/200."},
     )
     r: int = field(default=8, metadata={"help": "Rank of B1·B2."})
     scaling: str | float = field(
@@ -107,9 +105,7 @@ class KronLoraConfig(KronConfig):
         for name, dimension, size in (("d_a1", "d_in", d_in), ("d_a2", "d_out", d_out)):
             value = self.value_for(name, module_name)
             if value is None:
-                raise ConfigError(
-                    f"{module_name}: d_a2=None is settled by the model's hidden size; give d_a2 a number"
-                )
+                raise ConfigError(f"{module_name}: d_a2=None is settled by the model's hidden size; give d_a2 a number")
             sizes[name] = self.divisor_for(name, value, dimension, size, module_name)
         return KronLoraComponents(d_in, d_out, sizes["d_a1"], sizes["d_a2"], self.value_for("r", module_name))
 

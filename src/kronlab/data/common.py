@@ -78,18 +78,14 @@ def check_keys(source: Mapping[str, Any], allowed: Iterable[str]) -> None:
     allowed = {"name", *allowed}
     for key in source:
         if key not in allowed:
-            raise ConfigError(
-                f"data source {source.get('name')!r}: unknown key {key!r}{did_you_mean(key, allowed)}"
-            )
+            raise ConfigError(f"data source {source.get('name')!r}: unknown key {key!r}{did_you_mean(key, allowed)}")
 
 
 def choose(source: Mapping[str, Any], key: str, allowed: Sequence[str]) -> str:
     """``source[key]``, one of ``allowed``; the first of them if it is not set."""
     value = source.get(key, allowed[0])
     if value not in allowed:
-        raise ConfigError(
-            f"data source {source.get('name')!r}: {key}={value!r} must be one of {', '.join(allowed)}"
-        )
+        raise ConfigError(f"data source {source.get('name')!r}: {key}={value!r} must be one of {', '.join(allowed)}")
     return str(value)
 
 
@@ -121,9 +117,7 @@ class Template:
                     raise ValueError(f"{{{name}}} is not a plain field name")
                 self._parts.append((literal, name))
         except (ValueError, TypeError) as e:
-            raise ConfigError(
-                f"{where}: bad template {text!r}: {e}; write {{field}}, and {{{{ for a brace"
-            ) from None
+            raise ConfigError(f"{where}: bad template {text!r}: {e}; write {{field}}, and {{{{ for a brace") from None
 
     @property
     def fields(self) -> set[str]:
@@ -209,9 +203,7 @@ def check_row(row: Any, required: Fields, where: str) -> None:
         raise DataError(f"{where}: expected a JSON object, found {type(row).__name__}: fix or remove it")
     for name, kind in required.items():
         if name not in row:
-            raise DataError(
-                f"{where}: field {name!r} is missing (has: {', '.join(map(str, row)) or 'none'}): add it"
-            )
+            raise DataError(f"{where}: field {name!r} is missing (has: {', '.join(map(str, row)) or 'none'}): add it")
         if not isinstance(row[name], kind):
             kinds = kind if isinstance(kind, tuple) else (kind,)
             names = " or ".join(k.__name__ for k in kinds)
@@ -222,9 +214,7 @@ def _json_items(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         raw = path.read_bytes()
     except OSError as e:
-        raise DataError(
-            f"{path}: cannot be read ({e.strerror or e}): check the path and its permissions"
-        ) from None
+        raise DataError(f"{path}: cannot be read ({e.strerror or e}): check the path and its permissions") from None
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as e:
@@ -339,12 +329,10 @@ class Place:
 
     def _missing(self, data_dir: str | None, hub: str | None) -> str:
         looked = (
-            f"{data_dir}/{self.local[0]}"
-            if data_dir
-            else "no data directory (KRONLAB_DATA and data.dir are unset)"
+            f"{data_dir}/{self.local[0]}" if data_dir else "no data directory (KRONLAB_DATA and data.dir are unset)"
         )
         mend = f"set KRONLAB_DATA (or data.dir) to a folder that holds {self.local[0]}"
-        return f"dataset {self.name!r} split {self.split!r} not found: looked in {looked}" + (
+        return f"dataset {self.name!r} split {self.split!r} cannot be loaded: looked in {looked}" + (
             f" and at {hub}; {mend}, or connect to the hub" if hub else f"; {mend}"
         )
 
@@ -425,6 +413,8 @@ def offline(active: bool) -> Iterator[None]:
         datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
+    while error.__cause__ is not None:  # "an error occurred while generating the dataset" helps nobody
+        error = error.__cause__
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__

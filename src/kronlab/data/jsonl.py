@@ -72,9 +72,7 @@ def _find(source: Mapping[str, Any], split: str, data_dir: str | None) -> tuple[
         common.check_split("jsonl", split, tuple(str(k) for k in given), " (the keys of path)")
         given = given[split]
     if not given:
-        raise ConfigError(
-            "data source 'jsonl' has no path: set path to a .jsonl file, or to one for each split"
-        )
+        raise ConfigError("data source 'jsonl' has no path: set path to a .jsonl file, or to one for each split")
     relative = Path(str(given).replace("{split}", split)).expanduser()
     tried = [Path(data_dir) / relative] if data_dir else []
     tried.append(relative)

@@ -50,9 +50,7 @@ def load(
     for i in common.subset(source, len(rows), split=split, n=n, seed=seed):
         fields = _fields(rows[i], f"math/{split} row {i}")
         meta = {"level": fields["level"], "subject": fields["subject"]}
-        examples.append(
-            Example(f"math/{split}/{i}", prompt(fields), completion(fields), fields["answer"], meta)
-        )
+        examples.append(Example(f"math/{split}/{i}", prompt(fields), completion(fields), fields["answer"], meta))
     return examples
 
 

@@ -19,10 +19,15 @@ same items but one.
 from __future__ import annotations
 
 import itertools
+import os
+import random
 import re
 from collections.abc import Iterator, Mapping, Set
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, Final
+
+import numpy as np
 
 from kronlab.data import common
 from kronlab.data.common import TEST_SEED, Example, LengthFn, Template
@@ -36,6 +41,10 @@ _KEYS = ("dataset", "params", "prompt", "completion", "strip_instructions", "tes
 _TRAIN_BASE: Final = 2**30
 _TRAIN_SPAN: Final = 2**31
 _TRAIN_STRIDE: Final = 10_000_019  # distance between two train seeds, and so the most draws of one
+# These differ from process to process (seen in reasoning-gym 0.1.25): they iterate over sets of strings.
+_HASH_ORDERED: Final = frozenset(
+    {"isomorphic_strings", "knight_swap", "polynomial_multiplication", "ransom_note", "word_ladder"}
+)
 _CHUNK: Final = 512  # fixed, so that a task whose items depend on its size still gives nested sets
 
 
@@ -60,14 +69,10 @@ def load(
     pool = task.test_pool()
     if split == "test":
         if n is not None and n > len(pool):
-            raise ConfigError(
-                f"{task.name}: n={n} test questions asked of a pool of {len(pool)}: raise test_pool"
-            )
+            raise ConfigError(f"{task.name}: n={n} test questions asked of a pool of {len(pool)}: raise test_pool")
         return [task.example(split, i, row) for i, row in enumerate(pool[:n])]
     if n is None:
-        raise ConfigError(
-            f"{task.name}: generated data has no end: set how many train examples to make (data.n_train)"
-        )
+        raise ConfigError(f"{task.name}: generated data has no end: set how many train examples to make (data.n_train)")
     base = _TRAIN_BASE + seed * _TRAIN_STRIDE % _TRAIN_SPAN
     rows = task.distinct(base, n, {_key(row["question"]) for row in pool}, split)
     return [task.example(split, i, row) for i, row in enumerate(rows)]
@@ -91,7 +96,7 @@ def chain_sum_steps(expression: str) -> str:
     Raises:
         DataError: if ``expression`` is anything but integers joined by ``" + "`` and ``" - "``.
     """
-    first, *rest = expression.split()
+    first, *rest = expression.split() or [""]
     steps = []
     try:
         total = int(first)
@@ -120,26 +125,24 @@ class _Task:
         if self.dataset not in _factory().DATASETS:
             near = common.did_you_mean(self.dataset, _factory().DATASETS)
             raise ConfigError(f"unknown reasoning_gym dataset {self.dataset!r}{near}")
+        if self.dataset in _HASH_ORDERED and not os.environ.get("PYTHONHASHSEED", "").isdigit():
+            raise ConfigError(
+                f"{self.name}: its items change with Python's string hashing: start with PYTHONHASHSEED=0"
+            )
         self.params = dict(source.get("params") or {})
         for key in ("seed", "size"):
             if key in self.params:
-                raise ConfigError(
-                    f"{self.name}: params.{key} is set by the loader: remove it (use seed, n, test_pool)"
-                )
+                raise ConfigError(f"{self.name}: params.{key} is set by the loader: remove it (use seed, n, test_pool)")
         self.prompt = Template(source.get("prompt", common.DEFAULT_PROMPT), f"{self.name} prompt")
         self.completion = Template(source.get("completion", "{answer}"), f"{self.name} completion")
         try:
             self.strip = tuple(re.compile(p) for p in source.get("strip_instructions") or ())
         except re.error as e:
-            raise ConfigError(
-                f"{self.name}: strip_instructions: {e.pattern!r} is no regular expression: {e}"
-            ) from None
+            raise ConfigError(f"{self.name}: strip_instructions: {e.pattern!r} is no regular expression: {e}") from None
         self.test_seed = int(source.get("test_seed", TEST_SEED))
         self.pool_size = int(source.get("test_pool", TEST_POOL))
         if not 0 <= self.test_seed < _TRAIN_BASE - _TRAIN_STRIDE:
-            raise ConfigError(
-                f"{self.name}: test_seed={self.test_seed} must be in [0, {_TRAIN_BASE - _TRAIN_STRIDE})"
-            )
+            raise ConfigError(f"{self.name}: test_seed={self.test_seed} must be in [0, {_TRAIN_BASE - _TRAIN_STRIDE})")
         if self.pool_size < 1:
             raise ConfigError(f"{self.name}: test_pool={self.pool_size} must be at least 1")
 
@@ -148,9 +151,7 @@ class _Task:
 
     def distinct(self, base: int, n: int, taken: Set[str], split: str) -> list[dict[str, Any]]:
         """The first ``n`` rows drawn from ``base`` whose question is new and not in ``taken``."""
-        draws = min(
-            20 * n + 2000, _TRAIN_STRIDE
-        )  # 20 n finds n of 1.0 n equally likely questions only for small n
+        draws = min(20 * n + 2000, _TRAIN_STRIDE)  # 20 n finds n of 1.0 n equally likely questions only for small n
         seen = set(taken)
         rows: list[dict[str, Any]] = []
         for row in itertools.islice(self._draw(base), draws):
@@ -169,11 +170,14 @@ class _Task:
     def _draw(self, base: int) -> Iterator[dict[str, Any]]:
         for start in itertools.count(base, _CHUNK):
             try:
-                dataset = _factory().create_dataset(self.dataset, seed=start, size=_CHUNK, **self.params)
+                with _global_random(start):
+                    dataset = _factory().create_dataset(self.dataset, seed=start, size=_CHUNK, **self.params)
             except (TypeError, AssertionError, ValueError) as e:
                 raise ConfigError(f"{self.name}: params {self.params} are refused: {e}") from None
             for i in range(_CHUNK):
-                yield self._fields(dataset[i])
+                with _global_random(start + i):
+                    entry = dataset[i]
+                yield self._fields(entry)
 
     def _fields(self, entry: Mapping[str, Any]) -> dict[str, Any]:
         question = str(entry["question"])
@@ -201,6 +205,23 @@ def _key(question: str) -> str:
     return " ".join(question.casefold().split())
 
 
+@contextmanager
+def _global_random(seed: int) -> Iterator[None]:
+    """Seed Python's and numpy's global generators within the block, and put them back as they were behind it.
+
+    Some tasks draw from them (list_functions) or seed them (pool_matrix): without this the former were not
+    reproducible, and the latter would disturb the training run's own random numbers.
+    """
+    before, numpy_before = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(before)
+        np.random.set_state(numpy_before)
+
+
 @lru_cache(maxsize=1)
 def _factory() -> Any:
     """reasoning_gym's registry (importing the library fills it)."""
@@ -208,7 +229,5 @@ def _factory() -> Any:
         import reasoning_gym  # noqa: F401
         import reasoning_gym.factory as factory
     except ImportError as e:
-        raise DataError(
-            f"generated tasks need the package reasoning-gym ({e}): pip install reasoning-gym"
-        ) from None
+        raise DataError(f"generated tasks need the package reasoning-gym ({e}): pip install reasoning-gym") from None
     return factory

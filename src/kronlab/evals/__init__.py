@@ -25,6 +25,9 @@ class Grader:
 GRADERS = {
     "gsm8k": Grader("gsm8k", gsm8k.GRADER_VERSION, gsm8k.grade, gsm8k.extract),
     "gsm8k_paper": Grader(
-        "gsm8k_paper", gsm8k.GRADER_VERSION, partial(gsm8k.grade, grader="paper"), partial(gsm8k.extract, grader="paper")
+        "gsm8k_paper",
+        gsm8k.GRADER_VERSION,
+        partial(gsm8k.grade, grader="paper"),
+        partial(gsm8k.extract, grader="paper"),
     ),
 }

@@ -53,9 +53,7 @@ _ASCII: Final = str.maketrans(
         "\uff05": "%",
         "\uff0f": "/",
     }
-    | {
-        c: "" for c in "\u200b\u200e\u200f\u2060\ufeff"
-    }  # zero-width: invisible, so they cannot be part of an answer
+    | {c: "" for c in "\u200b\u200e\u200f\u2060\ufeff"}  # zero-width: invisible, so they cannot be part of an answer
 )
 
 _HASHES: Final = re.compile(r"#{4,}")
@@ -126,9 +124,7 @@ def parse_number(text: str) -> Fraction | None:
     if match is None or (match["sign"] and match["late_sign"]):
         return None
     rest = match["rest"][:200]
-    if _JOINED.match(rest) or (
-        rest and unicodedata.category(rest[0]) == "No"
-    ):  # No: ², ½ glued to the number
+    if _JOINED.match(rest) or (rest and unicodedata.category(rest[0]) == "No"):  # No: ², ½ glued to the number
         return None
     if match.start("rest") > _MAX_DIGITS:
         return None

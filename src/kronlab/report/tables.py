@@ -1,7 +1,7 @@
 """A table from records: Markdown to read, CSV to compute with, LaTeX to cite. Reads records only.
 
-A cell of the table is the mean over seeds; with one seed its spread is the standard error over test samples. What is not
-known (a published number nobody could read, a peak memory that the system does not tell) is left empty.
+A cell of the table is the mean over seeds; with one seed its spread is the standard error over test samples. What is
+not known (a published number nobody could read, a peak memory that the system does not tell) is left empty.
 """
 
 from __future__ import annotations
@@ -72,9 +72,13 @@ def metric_column(rows: Sequence[RowResult], spec: Mapping[str, Any]) -> Column:
     """One metric of one eval over all rows, in percent for rates, in nats per token for likelihoods."""
     rate = not spec["metric"].startswith("nll")
     factor, digits = (100.0, 1) if rate else (1.0, 3)
-    cells, values, spreads = [], [], []
+    cells: list[str] = []
+    values: list[float | None] = []
+    spreads: list[float | None] = []
     for row in rows:
-        found = [r["eval"][spec["eval"]]["metrics"].get(spec["metric"]) for r in _done(row) if spec["eval"] in r["eval"]]
+        found = [
+            r["eval"][spec["eval"]]["metrics"].get(spec["metric"]) for r in _done(row) if spec["eval"] in r["eval"]
+        ]
         found = [m for m in found if m is not None]
         if not found:
             state = "diverged" if any(r and r["status"] == DIVERGED for r in row.records) else ""
@@ -93,7 +97,9 @@ def metric_column(rows: Sequence[RowResult], spec: Mapping[str, Any]) -> Column:
 def difference_column(rows: Sequence[RowResult], spec: Mapping[str, Any], baseline: str) -> Column:
     """Paired NLL difference to the baseline row at the first seed that both have."""
     reference = next((r for row in rows if row.key == baseline for r in _done(row)), None)
-    cells, values, spreads = [], [], []
+    cells: list[str] = []
+    values: list[float | None] = []
+    spreads: list[float | None] = []
     for row in rows:
         mine = next(iter(_done(row)), None)
         pair = None
@@ -142,7 +148,12 @@ class Table:
 
     def markdown(self) -> str:
         head = ["method", *[c.title for c in self.columns]]
-        lines = [f"# {self.title} ({self.name}, scale {self.scale})", "", _pipe(head), _pipe(["---"] + ["---:"] * len(self.columns))]
+        lines = [
+            f"# {self.title} ({self.name}, scale {self.scale})",
+            "",
+            _pipe(head),
+            _pipe(["---"] + ["---:"] * len(self.columns)),
+        ]
         for i, label in enumerate(self.labels):
             lines.append(_pipe([label, *[c.cells[i] for c in self.columns]]))
         lines += ["", *[f"- {note}" for note in self.notes], ""]
@@ -203,8 +214,10 @@ def build(spec: Mapping[str, Any], scale: str, rows: Sequence[RowResult], *, ext
     columns: list[Column] = []
     published = spec.get("published")
     if published and any(row.published for row in rows):
-        values = [float(row.published["value"]) if row.published else None for row in rows]
-        cells = [f"{row.published['value']:.2f} [{row.published['confidence']}]" if row.published else "" for row in rows]
+        values: list[float | None] = [float(row.published["value"]) if row.published else None for row in rows]
+        cells = [
+            f"{row.published['value']:.2f} [{row.published['confidence']}]" if row.published else "" for row in rows
+        ]
         columns.append(Column(f"{published['title']} ({published['unit']})", cells, values))
     present = {name for row in rows for record in _done(row) for name in record["eval"]}
     for column in layout["columns"]:
@@ -228,13 +241,15 @@ def build(spec: Mapping[str, Any], scale: str, rows: Sequence[RowResult], *, ext
 def _notes(spec: Mapping[str, Any], layout: Mapping[str, Any], rows: Sequence[RowResult]) -> list[str]:
     records = [record for row in rows for record in _done(row)]
     notes = [f"Setting: {layout['about']}."]
-    missing = [f"{row.label} ({sum(r is None or r['status'] == 'failed' for r in row.records)} of {len(row.records)} seeds)"
-               for row in rows if any(r is None or r["status"] == "failed" for r in row.records)]  # fmt: skip
+    lacking = {row.label: sum(r is None or r["status"] == "failed" for r in row.records) for row in rows}
+    missing = [f"{label} ({n} seed{'s' if n > 1 else ''})" for label, n in lacking.items() if n]
     if missing:
         notes.append(f"Not run yet: {', '.join(missing)}.")
     seeds = sorted({r["config"]["seed"] for r in records if "seed" in r["config"]})
     spread = "standard deviation over seeds" if len(seeds) > 1 else "standard error over test samples"
-    notes.append(f"Seeds: {', '.join(map(str, seeds)) or 'none'}; ± is the {spread}, for paired differences 95 % (1.96 SE).")
+    notes.append(
+        f"Seeds: {', '.join(map(str, seeds)) or 'none'}; ± is the {spread}, for paired differences 95 % (1.96 SE)."
+    )
     for name in sorted({name for r in records for name in r["eval"]}):
         counts = sorted({r["eval"][name]["metrics"]["exact_match"]["n"] for r in records if name in r["eval"]})
         notes.append(f"{name}: {', '.join(map(str, counts))} test samples, greedy decoding.")

@@ -1,0 +1,201 @@
+"""Count before training: parameters, bytes, ranks, predicted alignment, a memory estimate. Nothing is downloaded."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from kronlab import methods, models
+from kronlab.adapters import adapter_layers
+from kronlab.errors import ConfigError
+
+_BYTES = {"bf16": 2, "fp32": 4}
+_ADAM_BYTES = 16  # fp32 weight, gradient and AdamW's two moments of one trainable parameter
+
+
+def lora_alignment(r: int, d_in: int) -> float:
+    """Predicted cosine of LoRA's first update with the full gradient: CDKA's finite form at r1 = r2 = 1.
+
+    sqrt(r / (r + d_in)); for r much smaller than d_in this is sqrt(r / d_in).
+    """
+    return math.sqrt(r / (r + d_in))
+
+
+def _adapted(network: nn.Module) -> list[dict[str, Any]]:
+    """One entry for each adapted layer: name, d_in, d_out, max_rank, alignment, parameters."""
+    from peft.tuners.lora import LoraLayer
+
+    found = []
+    for name, layer in adapter_layers(network):
+        found.append(
+            {
+                "name": name,
+                "d_in": layer.in_features,
+                "d_out": layer.out_features,
+                "max_rank": layer.max_rank(),
+                "alignment": layer.predicted_alignment(),
+                "parameters": sum(p.numel() for p in layer.parameters() if p.requires_grad),
+            }
+        )
+    for name, module in network.named_modules():
+        if isinstance(module, LoraLayer) and "default" in module.r:
+            r = module.r["default"]
+            found.append(
+                {
+                    "name": name,
+                    "d_in": module.in_features,
+                    "d_out": module.out_features,
+                    "max_rank": min(r, module.in_features, module.out_features),
+                    "alignment": lora_alignment(r, module.in_features),
+                    "parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
+                }
+            )
+    return found
+
+
+def make_plan(
+    model: Mapping[str, Any],
+    method: Mapping[str, Any],
+    *,
+    precision: str = "bf16",
+    batch_size: int = 1,
+    length: int = 1024,
+    gradient_checkpointing: bool = False,
+) -> dict[str, Any]:
+    """Attach `method` to `model` on the meta device and count.
+
+    Returns a dictionary with, among others: trainable_params, total_params (tied weights once, adapters included),
+    trainable_share, adapter_bytes (fp32, as saved), max_rank and predicted_alignment (mean over adapted layers, weighted
+    by their size, and per kind), memory_bytes (an estimate: weights, trainable state, activations, logits).
+
+    Raises:
+        ConfigError: a method or model setting that does not fit.
+    """
+    if precision not in _BYTES:
+        raise ConfigError(f"precision={precision!r}; use bf16 or fp32")
+    network = models.build_on_meta(model)
+    base_total = models.count_parameters(network)[1]
+    with torch.device("meta"):
+        network = methods.attach(network, model, method)
+    trainable, total = models.count_parameters(network)
+    layers = _adapted(network)
+    kinds = _by_kind(layers)
+    return {
+        "model": model["name"],
+        "method": methods.label(method),
+        "trainable_params": trainable,
+        "total_params": total,
+        "base_params": base_total,
+        "trainable_share": trainable / base_total,
+        "adapter_bytes": 4 * trainable if method["name"] != "none" else 0,
+        "adapted_layers": len(layers),
+        "max_rank": _weighted(layers, "max_rank"),
+        "predicted_alignment": _weighted(layers, "alignment"),
+        "by_kind": kinds,
+        "memory_bytes": _memory(
+            network, model, base_total, trainable, precision, batch_size, length, gradient_checkpointing
+        ),
+    }
+
+
+def _weighted(layers: list[dict[str, Any]], key: str) -> float | None:
+    known = [layer for layer in layers if layer[key] is not None]
+    size = sum(layer["d_in"] * layer["d_out"] for layer in known)
+    return sum(layer[key] * layer["d_in"] * layer["d_out"] for layer in known) / size if size else None
+
+
+def _by_kind(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Layers of the same leaf name and shape together."""
+    groups: dict[tuple[str, int, int], list[dict[str, Any]]] = defaultdict(list)
+    for layer in layers:
+        groups[layer["name"].rpartition(".")[2], layer["d_in"], layer["d_out"]].append(layer)
+    return [
+        {
+            "kind": kind,
+            "layers": len(group),
+            "d_in": d_in,
+            "d_out": d_out,
+            "params_each": group[0]["parameters"],
+            "max_rank": group[0]["max_rank"],
+            "predicted_alignment": group[0]["alignment"],
+        }
+        for (kind, d_in, d_out), group in groups.items()
+    ]
+
+
+def _memory(
+    network: nn.Module,
+    model: Mapping[str, Any],
+    base: int,
+    trainable: int,
+    precision: str,
+    batch: int,
+    length: int,
+    checkpointing: bool,
+) -> dict[str, int]:
+    """An estimate of training memory on one device.
+
+    Activations after Korthikanti et al. (arXiv 2205.05198), eq. 2 without the attention matrix (which fused attention
+    does not keep): 34 bytes x tokens x hidden size a layer in 16 bit; with checkpointing 2 a layer and one whole layer.
+    Logits: one copy in the base's precision and two in fp32 for every token. Measured peaks are in the records.
+    """
+    config: Any = network.config
+    hidden = config.hidden_size
+    depth = int(getattr(config, "num_hidden_layers", 0)) + int(getattr(config, "num_decoder_layers", 0) or 0)
+    tokens, width = batch * length, _BYTES[precision] / 2
+    layer = 34 * tokens * hidden * width
+    activations = depth * 2 * tokens * hidden * width + layer if checkpointing else depth * layer
+    generates = model["architecture"] in ("causal_lm", "seq2seq_lm")
+    logits = tokens * config.vocab_size * (_BYTES[precision] + 8) if generates else 0
+    parts = {
+        "weights": int(base * _BYTES[precision]),
+        "trainable_state": trainable * _ADAM_BYTES,
+        "activations": int(activations),
+        "logits": int(logits),
+    }
+    return parts | {"total": sum(parts.values())}
+
+
+def as_text(plan: Mapping[str, Any], *, by_kind: bool = True) -> str:
+    """A plan for people."""
+    rank, alignment = plan["max_rank"], plan["predicted_alignment"]
+    lines = [
+        f"{plan['method']} on {plan['model']}",
+        f"  trainable parameters  {plan['trainable_params']:>15,}  ({100 * plan['trainable_share']:.3f} % of the base)",
+        f"  total parameters      {plan['total_params']:>15,}",
+        f"  adapter file (fp32)   {plan['adapter_bytes'] / 2**20:>13,.1f} MiB",
+        f"  adapted layers        {plan['adapted_layers']:>15,}",
+        f"  max rank of dW        {'' if rank is None else f'{rank:,.1f}':>15}  (mean over layers, weighted by size)",
+        f"  predicted alignment   {'unknown' if alignment is None else f'{alignment:.4f}':>15}  (cosine, full gradient)",
+        f"  training memory       {plan['memory_bytes']['total'] / 2**30:>13,.1f} GiB  (estimate)",
+    ]
+    if by_kind and plan["by_kind"]:
+        lines.append(
+            f"  {'kind':<12}{'layers':>7}{'d_in':>8}{'d_out':>8}{'params each':>13}{'max rank':>10}{'alignment':>11}"
+        )
+        for row in plan["by_kind"]:
+            cosine = "" if row["predicted_alignment"] is None else f"{row['predicted_alignment']:.4f}"
+            lines.append(
+                f"  {row['kind']:<12}{row['layers']:>7}{row['d_in']:>8}{row['d_out']:>8}{row['params_each']:>13,}"
+                f"{row['max_rank']:>10}{cosine:>11}"
+            )
+    return "\n".join(lines)
+
+
+def render(plan: Mapping[str, Any], form: str, *, by_kind: bool = True) -> str:
+    """`json`: one object on one line; `text`: a table.
+
+    Raises:
+        ConfigError: another format.
+    """
+    if form == "json":
+        return json.dumps(plan)
+    if form == "text":
+        return as_text(plan, by_kind=by_kind)
+    raise ConfigError(f"format={form!r}; use text or json")
