@@ -38,8 +38,9 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """Complete, grade and score every example; return one row each, in the order of `examples`.
 
-    A row holds: id, prompt_sha, completion (raw), tokens, finished, gold, answer (extracted), correct, also (verdicts
-    of further graders), nll (nats, sum over the reference completion and EOS), nll_tokens, seconds (share of its batch).
+    A row holds: id, prompt_sha, completion (raw), tokens, finished, gold, answer (extracted), correct, also
+    (verdicts of further graders), nll (nats, sum over the reference completion and EOS), nll_tokens,
+    seconds (share of its batch).
     """
     rows = {row["id"]: row for row in read_rows(path)}
     wanted = {example.id for example in examples}

@@ -79,12 +79,20 @@ def _frame(cell: Cell) -> dict[str, Any]:
         "status": runs.DONE,
         "error": None,
         "config": cell.science,
-        "command": " ".join([Path(sys.executable).name, *sys.argv]),
+        "command": _command(),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": runs.versions(),
         "git": runs.git_state(),
         "machine": runs.machine(),
     }
+
+
+def _command() -> str:
+    """What was typed, without the settings that only say where files lie on this machine."""
+    script = Path(sys.argv[0])
+    where = ("results.", "data.dir", "runtime.", "hydra.", "model.directory")
+    typed = [argument for argument in sys.argv[1:] if not argument.lstrip("+~").startswith(where)]
+    return " ".join(["python", f"{script.parent.name}/{script.name}", *typed])
 
 
 def _train_and_grade(cell: Cell, store: Store) -> dict[str, Any]:

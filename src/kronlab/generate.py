@@ -53,7 +53,8 @@ def ready_to_grade(network: nn.Module, dtype: torch.dtype) -> None:
     """Freeze the model and cast what was trained to the base's dtype, in place.
 
     Training multiplies fp32 adapters under bf16 autocast, that is, rounded to bf16; casting them once gives the same
-    products and saves a cast in every layer at every token. Nothing is merged: rounding W + dW to bf16 would lose small updates.
+    products and saves a cast in every layer at every token. Nothing is merged: rounding W + dW to bf16 would lose
+    small updates.
     """
     network.requires_grad_(False)
     network.to(dtype)

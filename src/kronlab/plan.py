@@ -71,8 +71,8 @@ def make_plan(
     """Attach `method` to `model` on the meta device and count.
 
     Returns a dictionary with, among others: trainable_params, total_params (tied weights once, adapters included),
-    trainable_share, adapter_bytes (fp32, as saved), max_rank and predicted_alignment (mean over adapted layers, weighted
-    by their size, and per kind), memory_bytes (an estimate: weights, trainable state, activations, logits).
+    trainable_share, adapter_bytes (fp32, as saved), max_rank and predicted_alignment (mean over adapted layers,
+    weighted by their size, and per kind), memory_bytes (an estimate: weights, trainable state, activations, logits).
 
     Raises:
         ConfigError: a method or model setting that does not fit.
@@ -172,7 +172,7 @@ def as_text(plan: Mapping[str, Any], *, by_kind: bool = True) -> str:
         f"  adapter file (fp32)   {plan['adapter_bytes'] / 2**20:>13,.1f} MiB",
         f"  adapted layers        {plan['adapted_layers']:>15,}",
         f"  max rank of dW        {'' if rank is None else f'{rank:,.1f}':>15}  (mean over layers, weighted by size)",
-        f"  predicted alignment   {'unknown' if alignment is None else f'{alignment:.4f}':>15}  (cosine, full gradient)",
+        f"  predicted alignment   {'unknown' if alignment is None else f'{alignment:.4f}':>15}  (full gradient)",
         f"  training memory       {plan['memory_bytes']['total'] / 2**30:>13,.1f} GiB  (estimate)",
     ]
     if by_kind and plan["by_kind"]:
