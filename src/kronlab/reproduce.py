@@ -66,8 +66,8 @@ def plan(
         row = spec["rows"][key]
         cells: dict[str, Cell] = {}
         for seed in layout["seeds"]:
-            chosen = [f"scale={scale}", *layout["common"], *row["overrides"], f"seed={seed}", *overrides]
-            chosen += [*layout.get("row_overrides", {}).get(key, []), *[f"~eval.{name}" for name in dropped]]
+            chosen = [f"scale={scale}", *layout["common"], *row["overrides"], f"seed={seed}"]
+            chosen += [*layout.get("row_overrides", {}).get(key, []), *overrides, *[f"~eval.{name}" for name in dropped]]
             cell = make_cell(compose_config(chosen), weights_needed=weights_needed)
             cells[cell.id] = cell  # the base model is one cell for all seeds
         first = next(iter(cells.values()))
