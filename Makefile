@@ -23,7 +23,7 @@ MODEL       ?= llama2_7b
 METHOD      ?= cdka
 FORMAT      ?=
 # More arguments as they are: Hydra overrides of the script (for tables those of configs/tables.yaml, for example
-# ARGS="render_only=true" or ARGS="extra=[logger=wandb]"), or pytest's for `make test`.
+# ARGS="render_only=true" or ARGS="results.reuse=any"), or pytest's for `make test`.
 ARGS        ?=
 
 on = $(filter 1 true yes,$(1))

@@ -6,7 +6,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from kronlab.cell import CONFIG_DIR
-from kronlab.cli import run_main
+from kronlab.cli import run_main, start
 from kronlab.plan import make_plan, render
 
 
@@ -30,4 +30,4 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -6,7 +6,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from kronlab.cell import CONFIG_DIR
-from kronlab.cli import run_main
+from kronlab.cli import run_main, start
 from kronlab.reproduce import reproduce
 
 
@@ -21,10 +21,11 @@ def main(config: DictConfig) -> None:
             dry_run=config.dry_run,
             render_only=config.render_only,
             force=config.force,
+            reuse=config.results.reuse,
             extra=list(config.extra),
         )
     )
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

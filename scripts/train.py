@@ -9,7 +9,7 @@ import hydra
 from omegaconf import DictConfig
 
 from kronlab.cell import CONFIG_DIR, make_cell
-from kronlab.cli import run_main
+from kronlab.cli import run_main, start
 from kronlab.experiment import run_cell
 
 
@@ -19,4 +19,4 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -11,11 +11,12 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from kronlab import models
+from kronlab.data.common import did_you_mean
 from kronlab.errors import ConfigError
 from kronlab.evals import GRADERS
 from kronlab.methods import METHODS, label
@@ -26,6 +27,12 @@ RECORD_SCHEMA = 1
 
 # Facts about a model config that change no number: where its weights lie, what one may do with them.
 _NOT_SCIENTIFIC_IN_MODEL = ("directory", "licence", "gated", "pypi", "config")
+
+
+_TRAINER_KEYS = {
+    *("precision", "optimizer", "lr", "schedule", "warmup_ratio", "weight_decay", "betas", "max_grad_norm"),
+    *("epochs", "max_steps", "batch_size", "micro_batch_size", "group_by_length", "gradient_checkpointing"),
+}
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,8 @@ def make_cell(config: DictConfig, *, weights_needed: bool = True) -> Cell:
     try:
         plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(str(error).strip().splitlines()[0]) from error
+        where = f"{error.full_key}: " if error.full_key else ""
+        raise ConfigError(f"{where}{str(error).strip().splitlines()[0]}; give {error.full_key or 'it'}=...") from error
     assert isinstance(plain, dict)
     resolved: dict[str, Any] = {str(key): value for key, value in plain.items()}
     resolved.pop("hydra", None)
@@ -172,6 +180,10 @@ def validate(config: Mapping[str, Any]) -> None:
     )
     device = config["runtime"]["device"]
     check(device in ("auto", "cpu", "cuda"), "runtime.device", device, "auto, cpu or cuda")
+    reuse = config["results"]["reuse"]
+    check(reuse in ("local", "any"), "results.reuse", reuse, "local or any")
+    for key in sorted(set(config["trainer"]) - _TRAINER_KEYS):  # added with +; would change the id and nothing else
+        faults.append(f"trainer.{key} is not a setting; known are {', '.join(sorted(_TRAINER_KEYS))}")
     check(bool(config["eval"]), "eval", config["eval"], "at least one eval, as the task configs name them")
     for name, settings in config["eval"].items():
         grader = settings["grader"]
@@ -191,7 +203,7 @@ def compose_config(overrides: Sequence[str], *, name: str = "config") -> DictCon
     """Compose a config outside of `hydra.main`, e.g. for the cells of a table.
 
     Raises:
-        ConfigError: an override that Hydra refuses, in its words.
+        ConfigError: an override that Hydra refuses, in one line (`explain`).
     """
     state = GlobalHydra.instance()
     try:
@@ -200,5 +212,23 @@ def compose_config(overrides: Sequence[str], *, name: str = "config") -> DictCon
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             return compose(config_name=name, overrides=list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
-        reason = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
-        raise ConfigError(f"{' '.join(overrides)}: {reason}") from error
+        raise ConfigError(explain(error)) from error
+
+
+def explain(error: Exception) -> str:
+    """What Hydra or OmegaConf refuses, in one line: which key or option, and which are known.
+
+    Hydra's own advice for an unknown key is to add it with `+key=`, which would change nothing but the cell's id.
+    """
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, choice = str(error.missing_cfg_file).rpartition("/")
+        return f"{group}={choice}: no such option{did_you_mean(choice, error.options)}"
+    if isinstance(error, OverrideParseException):
+        reason = str(error).splitlines()[0]
+        return f"{error.override}: not an override ({reason}); quote a value that holds = or , or braces"
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError) and isinstance(cause.parent_node, DictConfig):
+        if not cause.parent_node:  # an open section, like method.options
+            return f"{cause.full_key}: not there yet; add it with +{cause.full_key}=..."
+        return f"{cause.full_key}: unknown key{did_you_mean(str(cause.key), map(str, cause.parent_node))}"
+    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())

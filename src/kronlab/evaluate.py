@@ -1,6 +1,6 @@
 """Grade a model on the evals of a cell: per-sample rows first, scores from the rows alone.
 
-Rows go to `<eval>.jsonl` batch by batch, so that a run that is killed goes on after the last finished batch.
+Rows go to `<eval>/samples.jsonl` batch by batch, so that a run that is killed goes on after the last finished batch.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from kronlab.data import Example, fingerprint
 from kronlab.evals import GRADERS
 from kronlab.generate import CompletionScorer, generate, length_sorted_batches
+from kronlab.progress import bar
+from kronlab.runs import read_jsonl, write_jsonl
 
 log = logging.getLogger(__name__)
 
@@ -42,18 +43,17 @@ def evaluate(
     (verdicts of further graders), nll (nats, sum over the reference completion and EOS), nll_tokens,
     seconds (share of its batch).
     """
-    rows = {row["id"]: row for row in read_rows(path)}
-    wanted = {example.id for example in examples}
-    rows = {key: row for key, row in rows.items() if key in wanted}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))  # drops a line that a kill cut short
+    batches = list(length_sorted_batches(examples, settings["generation"]["batch_size"]))
+    rows = _rows_of_whole_batches(path, batches)
+    write_jsonl(path, list(rows.values()))  # without what a kill cut short
     grader = GRADERS[settings["grader"]]
     further = [GRADERS[name] for name in settings["also"]]
-    with tqdm(
-        total=len(examples), initial=len(rows), desc=f"grade {settings['name']}", unit="sample", disable=not progress,
-        dynamic_ncols=True,
-    ) as bar, path.open("a") as handle:  # fmt: skip
-        for batch in length_sorted_batches(examples, settings["generation"]["batch_size"]):
+    name, total = settings["name"], len(examples)
+    with (
+        bar(total=total, done=len(rows), what=f"grade {name}", unit="sample", show=progress) as shown,
+        path.open("a") as handle,
+    ):
+        for batch in batches:
             if all(example.id in rows for example in batch):
                 continue
             started = time.perf_counter()
@@ -64,7 +64,7 @@ def evaluate(
             for example, completion, (nll, count) in zip(batch, completions, likelihoods, strict=True):
                 row = {
                     "id": example.id,
-                    "prompt_sha": hashlib.sha256(example.prompt.encode()).hexdigest()[:12],
+                    "prompt_sha": _sha(example.prompt),
                     "completion": completion.text,
                     "tokens": completion.tokens,
                     "finished": completion.finished,
@@ -79,21 +79,23 @@ def evaluate(
                 rows[example.id] = row
                 handle.write(json.dumps(row) + "\n")
             handle.flush()
-            bar.update(len(rows) - bar.n)
-            bar.set_postfix_str(f"{100 * sum(row['correct'] for row in rows.values()) / len(rows):.1f} % right")
+            shown.update(len(rows) - shown.n)
+            shown.set_postfix_str(f"{100 * sum(row['correct'] for row in rows.values()) / len(rows):.1f} % right")
     return [rows[example.id] for example in examples]
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a sample file."""
-    rows: list[dict[str, Any]] = []
-    if path.is_file():
-        for text in path.read_text().splitlines():
-            try:
-                rows.append(json.loads(text))
-            except json.JSONDecodeError:
-                break
+def _rows_of_whole_batches(path: Path, batches: Sequence[Sequence[Example]]) -> dict[str, dict[str, Any]]:
+    """What an earlier run has left, by id. A row counts only for the problem that it was made for, not for its id."""
+    found = {(row["id"], row["prompt_sha"], row["gold"]): row for row in read_jsonl(path)}
+    rows: dict[str, dict[str, Any]] = {}
+    for batch in batches:
+        kept = [found.get((example.id, _sha(example.prompt), example.gold)) for example in batch]
+        rows |= {row["id"]: row for row in kept if row is not None and None not in kept}
     return rows
+
+
+def _sha(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def mean_and_error(values: Sequence[float]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import logging
+import math
 import os
 import shutil
 import sys
@@ -22,7 +23,7 @@ from kronlab import methods, models, runs
 from kronlab.cell import RECORD_SCHEMA, Cell
 from kronlab.data import Example, fingerprint, load_examples
 from kronlab.encode import encode
-from kronlab.errors import CheckpointError, ConfigError, KronlabError
+from kronlab.errors import CheckpointError, ConfigError, KronlabError, ModelError
 from kronlab.evaluate import evaluate, score
 from kronlab.generate import CompletionScorer, ready_to_grade
 from kronlab.runs import Store
@@ -40,10 +41,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     """
     config = cell.config
     store = Store(config["results"]["dir"])
-    if config["force"]:
-        shutil.rmtree(store.checkpoints(cell.train_id), ignore_errors=True)
-        shutil.rmtree(store.folder(cell.scale, cell.id), ignore_errors=True)
-    elif store.is_done(cell.scale, cell.id):
+    if not config["force"] and store.is_done(cell.scale, cell.id, reuse=config["results"]["reuse"]):
         log.info("%s: done before, skipped (%s)", cell.name, store.record_path(cell.scale, cell.id))
         record = store.read(cell.scale, cell.id)
         assert record is not None
@@ -51,6 +49,10 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     if config["dry_run"]:
         log.info("%s: would run as %s", cell.name, cell.id)
         return {"id": cell.id, "status": "planned", "scale": cell.scale}
+    if config["force"]:
+        shutil.rmtree(store.checkpoints(cell.train_id), ignore_errors=True)
+    store.begin(cell.scale, cell.id, afresh=config["force"])
+    _prepare_process(config["runtime"])  # before the record notes the number of threads
     log.info("%s: running as %s", cell.name, cell.id)
     record = _frame(cell)
     try:
@@ -97,7 +99,6 @@ def _command() -> str:
 
 def _train_and_grade(cell: Cell, store: Store) -> dict[str, Any]:
     config = cell.config
-    _prepare_process(config["runtime"])
     architecture = config["model"]["architecture"]
     if architecture not in ("causal_lm", "seq2seq_lm"):
         raise ConfigError(
@@ -127,9 +128,14 @@ def _train_and_grade(cell: Cell, store: Store) -> dict[str, Any]:
             examples = _examples(config, settings)
             rows = evaluate(
                 network, tokenizer, scorer, examples, settings,
-                path=folder / f"{name}.jsonl", causal=causal, progress=config["runtime"]["progress"],
+                path=folder / name / "samples.jsonl", causal=causal, progress=config["runtime"]["progress"],
             )  # fmt: skip
             evals[name] = score(rows, examples, settings)
+            if not math.isfinite(evals[name]["metrics"]["nll_per_token"]["value"]):
+                if fields["train"] is not None:
+                    raise Diverged(fields["train"]["steps"], "held-out")
+                broken = config["model"]["name"]
+                raise ModelError(f"model {broken}: its loss on {name} is not finite; try trainer.precision=fp32")
     fields["eval"] = evals
     fields["eval_peak_memory_bytes"] = memory.bytes
     fields["finished"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -166,6 +172,7 @@ def _train(cell: Cell, store: Store, network: nn.Module, tokenizer: Any, *, caus
                 causal=causal, runtime=config["runtime"] | {"device": _device(config["runtime"])},
                 report_to=_start_logger(cell), run_name=f"{cell.name} [{cell.id}]",
             )  # fmt: skip
+        _stop_logger(cell)
         section = _train_section(report, memory.bytes, fingerprint(examples), len(examples))
         _save_weights(network, final, section)
     target = store.folder(cell.scale, cell.id)
@@ -220,6 +227,16 @@ def _start_logger(cell: Cell) -> Sequence[str]:
     if logger["entity"]:
         os.environ["WANDB_ENTITY"] = logger["entity"]
     return ("wandb",)
+
+
+def _stop_logger(cell: Cell) -> None:
+    """End the run that the trainer has opened: the next cell of a sweep gets its own."""
+    if cell.config["logger"]["name"] == "wandb":
+        import wandb
+
+        if wandb.run is not None:
+            wandb.run.config.update({"cell": cell.id, **cell.science}, allow_val_change=True)
+            wandb.finish()
 
 
 def _device(runtime: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +78,20 @@ def left_padded(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, c
     return {"input_ids": torch.tensor(input_ids), "attention_mask": torch.tensor(mask)}
 
 
+@contextmanager
+def _without_defaults(network: nn.Module) -> Iterator[None]:
+    """Hide the generation defaults of the model: transformers fills every setting that we leave out from them."""
+    owners = [module for module in network.modules() if "generation_config" in vars(module)]
+    defaults = [module.generation_config for module in owners]
+    for module in owners:
+        module.generation_config = GenerationConfig()  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module, default in zip(owners, defaults, strict=True):
+            module.generation_config = default
+
+
 @torch.inference_mode()
 def generate(
     network: nn.Module,
@@ -106,9 +121,10 @@ def generate(
         bos_token_id=tokenizer.bos_token_id,
         decoder_start_token_id=None if causal else network.config.decoder_start_token_id,  # type: ignore[union-attr]
     )
-    output = network.generate(  # type: ignore[operator]
-        **batch, generation_config=config, stopping_criteria=StoppingCriteriaList([stop])
-    )
+    with _without_defaults(network):
+        output = network.generate(  # type: ignore[operator]
+            **batch, generation_config=config, stopping_criteria=StoppingCriteriaList([stop])
+        )
     completions = []
     for row in output[:, start:].tolist():
         ended = tokenizer.eos_token_id in row

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from kronlab.errors import ConfigError
+from kronlab.errors import ConfigError, KronlabError
 
 log = logging.getLogger(__name__)
 
@@ -109,4 +109,9 @@ def attach(network: nn.Module, model: Mapping[str, Any], method: Mapping[str, An
     with warnings.catch_warnings():
         # PEFT asks transformers by an old name; nothing that a user of ours could change
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        return get_peft_model(network, peft_config)
+        try:
+            return get_peft_model(network, peft_config)
+        except KronlabError:  # ours say already what, where and how to mend it
+            raise
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"method {name}: {' '.join(str(error).split())}") from error

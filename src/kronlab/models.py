@@ -17,6 +17,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -54,6 +55,7 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kronlab"
 
 
+@lru_cache(maxsize=1)
 def hub_reachable(timeout_s: float = 3.0) -> bool:
     """True if the hub answers a TCP connection; False offline or with HF_HUB_OFFLINE set. Never hangs."""
     from huggingface_hub import constants

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -46,14 +47,24 @@ def choose_scale(asked: str | None) -> str:
 
 
 def plan(
-    spec: Mapping[str, Any], scale: str, *, overrides: Sequence[str], weights_needed: bool
+    spec: Mapping[str, Any],
+    scale: str,
+    *,
+    overrides: Sequence[str],
+    weights_needed: bool,
+    every_eval: bool = False,
 ) -> tuple[list[PlannedRow], list[str]]:
-    """All cells of a table, and notes on what was left out because its data cannot be had."""
+    """All cells of a table, and notes on what was left out because its data cannot be had.
+
+    Args:
+        weights_needed: as in `make_cell`.
+        every_eval: leave nothing out, whether its data can be had or not.
+    """
     if scale not in spec["scales"]:
         raise ConfigError(f"{spec['name']} has no scale {scale!r}; it has {', '.join(spec['scales'])}")
     layout = spec["scales"][scale]
     notes, dropped = [], []
-    for name in layout.get("optional_evals", []):
+    for name in layout.get("optional_evals", []) if not every_eval else []:
         config = compose_config([f"scale={scale}", *layout["common"], *overrides])
         section = config["eval"][name]
         ok, why = available(section["source"], section["split"], config["data"]["dir"])
@@ -67,12 +78,20 @@ def plan(
         cells: dict[str, Cell] = {}
         for seed in layout["seeds"]:
             chosen = [f"scale={scale}", *layout["common"], *row["overrides"], f"seed={seed}"]
-            chosen += [*layout.get("row_overrides", {}).get(key, []), *overrides, *[f"~eval.{name}" for name in dropped]]
+            chosen += [
+                *layout.get("row_overrides", {}).get(key, []),
+                *overrides,
+                *[f"~eval.{name}" for name in dropped],
+            ]
             cell = make_cell(compose_config(chosen), weights_needed=weights_needed)
             cells[cell.id] = cell  # the base model is one cell for all seeds
         first = next(iter(cells.values()))
         rows.append(PlannedRow(key, label(first.config["method"]), list(cells.values()), row.get("published")))
     return rows, notes
+
+
+def _done(store: Store, rows: Sequence[PlannedRow], reuse: str) -> int:
+    return sum(store.is_done(cell.scale, cell.id, reuse=reuse) for row in rows for cell in row.cells)
 
 
 def reproduce(
@@ -83,6 +102,7 @@ def reproduce(
     dry_run: bool = False,
     render_only: bool = False,
     force: bool = False,
+    reuse: str = "local",
     extra: Sequence[str] = (),
 ) -> Table | None:
     """Run what a table lacks and write it; a cell that fails does not stop the others.
@@ -91,15 +111,19 @@ def reproduce(
         KronlabError: after the table is written, if any cell failed.
     """
     scale = choose_scale(scale)
-    overrides = [f"results.dir={results_dir}", f"force={str(force).lower()}", *extra]
+    overrides = [f"results.dir={json.dumps(str(results_dir))}", f"force={str(force).lower()}"]
+    overrides += [f"results.reuse={reuse}", *extra]
     rows, notes = plan(spec, scale, overrides=overrides, weights_needed=not (dry_run or render_only))
     store = Store(results_dir)
+    if render_only and notes:  # records that were made where the data was at hand can be tabled without it
+        complete, _ = plan(spec, scale, overrides=overrides, weights_needed=False, every_eval=True)
+        if _done(store, complete, "any") > _done(store, rows, "any"):
+            rows, notes = complete, []
     cells = [cell for row in rows for cell in row.cells]
-    done = sum(store.is_done(cell.scale, cell.id) for cell in cells)
-    log.info("%s at scale %s: %d cells, %d done", spec["name"], scale, len(cells), done)
+    log.info("%s at scale %s: %d cells, %d done", spec["name"], scale, len(cells), _done(store, rows, reuse))
     if dry_run:
         for cell in cells:
-            state = "done   " if store.is_done(cell.scale, cell.id) else "missing"
+            state = "done   " if store.is_done(cell.scale, cell.id, reuse=reuse) else "missing"
             log.info("  %s %s  %s", state, cell.id, cell.name)
         return None
     failed = []
@@ -107,9 +131,10 @@ def reproduce(
         log.info("[%d/%d]", number, len(cells))
         try:
             run_cell(cell)
-        except KronlabError as error:
-            failed.append(f"{cell.name}: {error}")
-            log.error("failed, going on with the next: %s", error)
+        except Exception as error:  # whatever it is, run_cell has kept it in the record, and the other cells can go on
+            reason = " ".join(str(error).split()) or type(error).__name__
+            failed.append(f"{cell.name}: {reason}")
+            log.error("failed, going on with the next: %s", reason)
     finished = [RowResult(r.key, r.label, [store.read(c.scale, c.id) for c in r.cells], r.published) for r in rows]
     table = build(spec, scale, finished, extra_notes=notes)
     for path in table.write(Path(results_dir) / "tables" / scale):

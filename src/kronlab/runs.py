@@ -1,7 +1,7 @@
 """The record store: one JSON file per cell, the only source of every table, figure and claim.
 
 <results>/runs/<scale>/<id>.json            the record
-<results>/runs/<scale>/<id>/<eval>.jsonl    every graded sample with its raw completion
+<results>/runs/<scale>/<id>/<eval>/samples.jsonl    every graded sample with its raw completion
 <results>/runs/<scale>/<id>/loss.jsonl      the loss of every step
 <results>/checkpoints/<train_id>/           trained adapters, not for git
 """
@@ -11,9 +11,10 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 import psutil
 import torch
 
+import kronlab
 from kronlab.errors import CheckpointError
 
 DONE, FAILED, DIVERGED = "done", "failed", "diverged"
@@ -66,19 +68,45 @@ class Store:
             record = json.loads(path.read_text())
             if record["id"] != cell_id:
                 raise ValueError(f"it holds id {record['id']}")
+            if record["status"] not in (DONE, FAILED, DIVERGED):
+                raise ValueError(f"its status is {record['status']!r}")
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"{path} is not a whole record ({error}); delete it and run the cell again"
             ) from error
         return dict(record)
 
-    def is_done(self, scale: str, cell_id: str) -> bool:
+    def _made_here(self, scale: str, cell_id: str) -> Path:
+        # beside the checkpoints, so not in git: a clone has our records and none of these marks
+        return self.results / "checkpoints" / "made_here" / f"{scale}-{cell_id}"
+
+    def is_done(self, scale: str, cell_id: str, *, reuse: str = "local") -> bool:
+        """Whether a cell need not be run.
+
+        A record that came with a clone is somebody else's measurement; to reproduce it means to make it again. So by
+        default only records made in this results directory count; `reuse="any"` takes every record.
+        """
         record = self.read(scale, cell_id)
-        return record is not None and record["status"] in (DONE, DIVERGED)
+        if record is None or record["status"] not in (DONE, DIVERGED):
+            return False
+        return reuse == "any" or self._made_here(scale, cell_id).exists()
+
+    def begin(self, scale: str, cell_id: str, *, afresh: bool = False) -> None:
+        """Make ready to run a cell: samples are kept if an earlier run here has left them, and removed otherwise."""
+        mark = self._made_here(scale, cell_id)
+        if afresh or not mark.exists():
+            shutil.rmtree(self.folder(scale, cell_id), ignore_errors=True)
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        if not mark.exists():
+            self.record_path(scale, cell_id).unlink(missing_ok=True)  # of another machine; git has it
+        mark.touch()
 
     def write(self, record: Mapping[str, Any]) -> Path:
         """Write a record so that a reader sees the old file or the new one, never a part."""
         path = self.record_path(record["scale"], record["id"])
+        mark = self._made_here(record["scale"], record["id"])
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
         write_json(path, record)
         return path
 
@@ -105,9 +133,29 @@ def write_json(path: Path, value: Any) -> None:
         raise
 
 
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The lines of a JSON-lines file, up to one that a kill cut short; an absent file has none."""
+    lines: list[dict[str, Any]] = []
+    if path.is_file():
+        for text in path.read_text().splitlines():
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:
+                break
+    return lines
+
+
+def write_jsonl(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Replace a JSON-lines file in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.part")
+    scratch.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    scratch.replace(path)
+
+
 def versions() -> dict[str, str | None]:
     """Versions of Python and of the packages that a number can depend on; None where one is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
+    found: dict[str, str | None] = {"python": platform.python_version(), "kronlab": kronlab.__version__}
     for package in _PACKAGES:
         try:
             found[package] = metadata.version(package)

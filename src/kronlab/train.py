@@ -27,7 +27,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from kronlab.encode import IGNORED, Encoded, SupervisedHead, collate
-from kronlab.errors import CheckpointError, ConfigError
+from kronlab.errors import CheckpointError, ConfigError, KronlabError
+from kronlab.progress import bar
+from kronlab.runs import read_jsonl, write_jsonl
 
 log = logging.getLogger(__name__)
 
@@ -35,10 +37,10 @@ COMPLETE = "COMPLETE"  # written last into a checkpoint: without it, the checkpo
 
 
 class Diverged(Exception):
-    """The training loss became nan or infinite at `step`."""
+    """The training loss became nan or infinite at `step`, or the held-out loss after it."""
 
-    def __init__(self, step: int) -> None:
-        super().__init__(f"the training loss is not finite at step {step}; lower trainer.lr or method.alpha")
+    def __init__(self, step: int, which: str = "training") -> None:
+        super().__init__(f"the {which} loss is not finite at step {step}; lower trainer.lr or method.alpha")
         self.step = step
 
 
@@ -115,7 +117,7 @@ class KronTrainer(Trainer):
         """Sum of token NLL over the supervised tokens of the whole optimizer step: every token weighs the same."""
         nll, _ = self._head.token_nll(model, inputs)
         count = num_items_in_batch if num_items_in_batch is not None else nll.numel()
-        loss = nll.sum() / count
+        loss = nll.sum() / max(count, 1)  # 0: every completion of the step was cut off by max_length
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             loss = loss * self.args.world_size  # DDP averages gradients over processes; count is over all of them
         return (loss, None) if return_outputs else loss
@@ -127,8 +129,11 @@ class KronTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-        (folder / COMPLETE).touch()
+        mark_whole(Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}")
+
+    def take_weights(self, checkpoint: Path) -> None:
+        """Only the weights: for a run whose last step is done."""
+        self._load_from_checkpoint(str(checkpoint))
 
 
 class Journal(TrainerCallback):
@@ -137,20 +142,14 @@ class Journal(TrainerCallback):
     def __init__(self, path: Path, trainer: KronTrainer, rows: Sequence[Encoded], *, progress: bool) -> None:
         self.path, self.trainer, self.rows, self.progress = path, trainer, rows, progress
         self.bar: tqdm[Any] | None = None
-        self.started = 0.0
+        self.started = 0.0  # 0: no step yet
         self._tokens: list[tuple[int, int, int]] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        kept = [line for line in read_journal(self.path) if line["step"] <= state.global_step]
-        _write_lines(self.path, kept)  # steps after the checkpoint are done again
+        kept = [line for line in read_jsonl(self.path) if line["step"] <= state.global_step]
+        write_jsonl(self.path, kept)  # steps after the checkpoint are done again
         if self.progress and state.is_world_process_zero:
-            self.bar = tqdm(
-                total=state.max_steps,
-                initial=state.global_step,
-                desc="train",
-                unit="step",
-                dynamic_ncols=True,
-            )
+            self.bar = bar(total=state.max_steps, done=state.global_step, what="train", unit="step")
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.started = time.perf_counter()
@@ -232,6 +231,8 @@ def train(
     """
     if not rows:
         raise ConfigError("no training examples; raise task.n or look at the data source")
+    if all(label == IGNORED for row in rows for label in row.labels):
+        raise ConfigError("every completion is cut off, the prompts alone are too long; raise task.max_length")
     directory.mkdir(parents=True, exist_ok=True)
     arguments = _training_arguments(recipe, directory, seed, runtime, report_to, run_name)
     sampler = EpochSampler(
@@ -255,16 +256,20 @@ def train(
     journal = Journal(directory / "loss.jsonl", trainer, rows, progress=bool(runtime["progress"]))
     trainer.add_callback(journal)
     checkpoint = newest_checkpoint(directory)
-    if checkpoint is not None:
-        log.info("resuming from %s", checkpoint.name)
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except (OSError, RuntimeError, KeyError, EOFError, json.JSONDecodeError) as error:
-        if checkpoint is not None and trainer.state.global_step <= _step_of(checkpoint):
-            raise CheckpointError(
-                f"checkpoint {checkpoint} cannot be read ({str(error).splitlines()[0][:160]}); "
-                "delete it and start again: training goes on from the one before"
-            ) from error
+        if checkpoint is None:
+            trainer.train()
+        elif _is_last(checkpoint):
+            # transformers would take one step more where the last one lies inside an epoch
+            trainer.take_weights(checkpoint)
+        else:
+            log.info("resuming from %s", checkpoint.name)
+            trainer.train(resume_from_checkpoint=str(checkpoint))
+    except KronlabError:
+        raise
+    except Exception as error:  # safetensors, pickle, json and PEFT each have types of their own
+        if checkpoint is not None and not journal.started:
+            raise _unreadable(checkpoint, str(error) or type(error).__name__) from error
         raise
     finally:
         if journal.bar is not None:
@@ -335,31 +340,44 @@ def newest_checkpoint(directory: Path) -> Path | None:
     return max(whole, key=_step_of, default=None)
 
 
+def mark_whole(checkpoint: Path) -> None:
+    """Write the marker last: the name and size of every file, which a resume checks before it reads them."""
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != COMPLETE)
+    lines = [f"{path.stat().st_size} {path.relative_to(checkpoint)}\n" for path in files]
+    (checkpoint / COMPLETE).write_text("".join(lines))
+
+
+def _check_files(checkpoint: Path) -> None:
+    # transformers goes on without a word where the state of optimizer, schedule or random numbers is missing
+    for line in (checkpoint / COMPLETE).read_text().splitlines():
+        size, _, name = line.partition(" ")
+        path = checkpoint / name
+        if not path.is_file():
+            raise _unreadable(checkpoint, f"{name} is missing")
+        if path.stat().st_size != int(size):
+            raise _unreadable(checkpoint, f"{name} has {path.stat().st_size} bytes instead of {size}")
+
+
+def _is_last(checkpoint: Path) -> bool:
+    _check_files(checkpoint)
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    return bool(state["global_step"] >= state["max_steps"])
+
+
+def _unreadable(checkpoint: Path, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"checkpoint {checkpoint} cannot be read ({reason.splitlines()[0][:160]}); "
+        "delete it and start again: training goes on from the one before"
+    )
+
+
 def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def read_journal(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `loss.jsonl`; a last line cut short by a kill is left out."""
-    lines: list[dict[str, Any]] = []
-    if path.is_file():
-        for text in path.read_text().splitlines():
-            try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
-                break
-    return lines
-
-
-def _write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    scratch.replace(path)
-
-
 def summarise(directory: Path, *, truncated: int) -> TrainReport:
     """Read `loss.jsonl` back into a report."""
-    lines = read_journal(directory / "loss.jsonl")
+    lines = read_jsonl(directory / "loss.jsonl")
     tail = lines[-max(1, len(lines) // 10) :]
     return TrainReport(
         steps=len(lines),

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from kronlab.evals import gsm8k
+from kronlab.evals import exact, gsm8k
 
 
 @dataclass(frozen=True)
@@ -30,4 +30,5 @@ GRADERS = {
         partial(gsm8k.grade, grader="paper"),
         partial(gsm8k.extract, grader="paper"),
     ),
+    "exact": Grader("exact", exact.GRADER_VERSION, exact.grade, exact.extract),
 }

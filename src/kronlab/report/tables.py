@@ -15,9 +15,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kronlab.runs import DIVERGED, DONE
+from kronlab.runs import DIVERGED, DONE, FAILED
 
 _GIB = 2**30
+_LATEX = {mark: f"\\{mark}" for mark in "&%_#${}"} | {
+    "\\": "\\textbackslash{}",
+    "~": "\\textasciitilde{}",
+    "^": "\\textasciicircum{}",
+    "±": "$\\pm$",
+    "·": "$\\cdot$",
+}
 
 
 @dataclass(frozen=True)
@@ -81,8 +88,8 @@ def metric_column(rows: Sequence[RowResult], spec: Mapping[str, Any]) -> Column:
         ]
         found = [m for m in found if m is not None]
         if not found:
-            state = "diverged" if any(r and r["status"] == DIVERGED for r in row.records) else ""
-            cells.append(state)
+            states = {r["status"] for r in row.records if r is not None}
+            cells.append(next((state for state in (DIVERGED, FAILED) if state in states), ""))
             values.append(None)
             spreads.append(None)
             continue
@@ -96,14 +103,16 @@ def metric_column(rows: Sequence[RowResult], spec: Mapping[str, Any]) -> Column:
 
 def difference_column(rows: Sequence[RowResult], spec: Mapping[str, Any], baseline: str) -> Column:
     """Paired NLL difference to the baseline row at the first seed that both have."""
-    reference = next((r for row in rows if row.key == baseline for r in _done(row)), None)
+    # by seed; a base model has no seed and is compared with the first
+    references = {r["config"].get("seed"): r for row in rows if row.key == baseline for r in _done(row)}
     cells: list[str] = []
     values: list[float | None] = []
     spreads: list[float | None] = []
     for row in rows:
-        mine = next(iter(_done(row)), None)
         pair = None
-        if reference is not None and mine is not None and row.key != baseline:
+        mine = next((r for r in _done(row) if "seed" not in r["config"] or r["config"]["seed"] in references), None)
+        if references and mine is not None and row.key != baseline:
+            reference = references.get(mine["config"].get("seed"), next(iter(references.values())))
             sections = [record["eval"].get(spec["eval"]) for record in (mine, reference)]
             if None not in sections:
                 pair = paired_difference(sections[0], sections[1])
@@ -177,9 +186,7 @@ class Table:
 
     def latex(self) -> str:
         def clean(text: str) -> str:
-            for mark in "&%_#":
-                text = text.replace(mark, "\\" + mark)
-            return text.replace("±", "$\\pm$").replace("·", "$\\cdot$")
+            return "".join(_LATEX.get(mark, mark) for mark in text)
 
         lines = [
             "% needs \\usepackage{booktabs}",
@@ -241,10 +248,12 @@ def build(spec: Mapping[str, Any], scale: str, rows: Sequence[RowResult], *, ext
 def _notes(spec: Mapping[str, Any], layout: Mapping[str, Any], rows: Sequence[RowResult]) -> list[str]:
     records = [record for row in rows for record in _done(row)]
     notes = [f"Setting: {layout['about']}."]
-    lacking = {row.label: sum(r is None or r["status"] == "failed" for r in row.records) for row in rows}
-    missing = [f"{label} ({n} seed{'s' if n > 1 else ''})" for label, n in lacking.items() if n]
-    if missing:
-        notes.append(f"Not run yet: {', '.join(missing)}.")
+    # A mean over the seeds that are left would hide the others: every one that is not in it is named.
+    for state, said in ((None, "Not run yet"), (FAILED, "Failed"), (DIVERGED, "Diverged, in no mean")):
+        lacking = {row.label: sum((r and r["status"]) == state for r in row.records) for row in rows}
+        named = [f"{label} ({n} seed{'s' if n > 1 else ''})" for label, n in lacking.items() if n]
+        if named:
+            notes.append(f"{said}: {', '.join(named)}.")
     seeds = sorted({r["config"]["seed"] for r in records if "seed" in r["config"]})
     spread = "standard deviation over seeds" if len(seeds) > 1 else "standard error over test samples"
     notes.append(

@@ -1,0 +1,126 @@
+"""How a script ends: the user's mistakes in one line each, an interruption with the way on, nothing lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from kronlab.cli import run_main
+from kronlab.errors import ConfigError, KronlabError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def script(name: str, *arguments: str, cwd: Path) -> subprocess.Popen[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *arguments],
+        env=environment, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def records(results: Path) -> dict[str, dict[str, str]]:
+    return {r["label"]: r for r in (json.loads(p.read_text()) for p in results.glob("runs/smoke/*.json"))}
+
+
+def test_the_value_of_the_work_comes_through(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_main(lambda: 7) == 7
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "lines"),
+    [
+        (KronlabError("one thing"), 2, ["error: one thing"]),
+        (ConfigError("a=1: wrong\nb=2: wrong"), 2, ["error: a=1: wrong", "error: b=2: wrong"]),
+        (KeyboardInterrupt(), 130, ["stopped; the same command goes on from here"]),
+    ],
+)
+def test_errors_become_lines_and_a_status(
+    error: BaseException, status: int, lines: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        run_main(work)
+    assert caught.value.code == status
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines() == lines
+
+
+def test_a_bug_is_not_dressed_as_a_users_mistake() -> None:
+    def work() -> None:
+        raise ZeroDivisionError("ours")
+
+    with pytest.raises(ZeroDivisionError, match="ours"):
+        run_main(work)
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "line"),
+    [
+        ("train", "method.rr=3", "error: method.rr: unknown key; did you mean 'r'?"),
+        ("train", "method=cdkaa", "error: method=cdkaa: no such option; did you mean 'cdka'?"),
+        ("plan", "batch.sizes=3", "error: batch.sizes: unknown key; did you mean 'size'?"),
+        ("tables", "table=table99", "error: table=table99: no such option; did you mean 'table2'?"),
+        ("tables", "extra=[seed=1]", "error: extra=[seed=1]: not an override"),
+    ],
+)
+def test_what_hydra_refuses_is_one_line_of_ours(
+    name: str, override: str, line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # as `start` sets it; here it is also taken back
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", override])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(ROOT / "scripts" / f"{name}.py"), run_name="__main__")
+    assert caught.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    assert err.startswith(line)
+
+
+def test_a_sweep_goes_on_behind_a_cell_that_cannot_run_and_trains_each_cell_once(tmp_path: Path) -> None:
+    """r2=7 divides no dimension of the tiny model: its failure is one line and one record, and r2=8 still runs."""
+    arguments = ["-m", "scale=smoke", "method=cdka", "method.r2=7,8", "runtime.save_every=2,3"]  # each cell twice
+    process = script("train", *arguments, "runtime.progress=false", f"results.dir={tmp_path}/r", cwd=tmp_path)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    expected = (
+        "model.layers.0.self_attn.q_proj: r2=7 does not divide d_in=32; the nearest that do: 4 or 8 "
+        '(set r2, or r2_pattern for this module, or on_indivisible="fit")'
+    )
+    assert err.splitlines() == [f"error: {expected}"] * 2 + ["error: 2 of the sweep's jobs failed, see above"]
+    made = records(tmp_path / "r")
+    assert {label: r["status"] for label, r in made.items()} == {"CDKA (2,7,4)": "failed", "CDKA (2,8,4)": "done"}
+    assert made["CDKA (2,7,4)"]["error"] == expected
+    assert out.count("CDKA (2,8,4), tiny_llama on chain_sum, seed 0: running as") == 1
+    assert out.count("CDKA (2,8,4), tiny_llama on chain_sum, seed 0: done before, skipped") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["r"], "nothing is left in the working directory"
+
+
+def test_ctrl_c_says_how_to_go_on_and_leaves_no_record(tmp_path: Path) -> None:
+    process = script(
+        "train", "scale=smoke", "trainer.max_steps=100000", "runtime.progress=false", f"results.dir={tmp_path}",
+        cwd=tmp_path,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("checkpoints/*/loss.jsonl")) and process.poll() is None:
+        assert time.monotonic() < deadline, "training did not start"
+        time.sleep(0.05)
+    time.sleep(0.3)  # a few steps
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert err.splitlines()[-1] == "stopped; the same command goes on from here"
+    assert records(tmp_path) == {}
