@@ -74,7 +74,7 @@ def test_every_method_from_config_to_record(short: Callable[..., Cell], model: s
         assert metric["stderr"] is not None
     assert 4 < result["metrics"]["nll_per_token"]["value"] < 7  # a random model over 260 tokens: log 260 = 5.6
     folder = Store(cell.config["results"]["dir"]).folder("smoke", cell.id)
-    rows = read_jsonl(folder / "chain_sum.jsonl")
+    rows = read_jsonl(folder / "chain_sum" / "samples.jsonl")
     assert sorted(row["id"] for row in rows) == sorted(result["samples"]["id"])
     if method == "none":
         assert record["train"] is None
