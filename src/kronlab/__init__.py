@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kronlab.adapters import CdkaConfig, KronLoraConfig
+from kronlab.adapters import CdkaConfig, KronLoraConfig, export_lora
 
 __version__ = "0.1.0"
-__all__ = ["CdkaConfig", "KronLoraConfig", "__version__"]
+__all__ = ["CdkaConfig", "KronLoraConfig", "__version__", "export_lora"]

@@ -1,7 +1,8 @@
 """Kronecker adapters as PEFT tuners; importing this package makes PEFT know the methods CDKA and KRON_LORA.
 
 ``kron`` is the operator on plain tensors, ``base`` what the two tuners share, ``cdka`` and ``kron_lora`` the
-methods, ``peft_hook`` the one place that touches PEFT's internals.
+methods, ``lora_export`` their way to stacks that only know LoRA, ``peft_hook`` the one place that touches
+PEFT's internals.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from kronlab.adapters.kron_lora import (
     KronLoraModel,
     default_d_a2,
 )
+from kronlab.adapters.lora_export import export_lora, lora_factors
 from kronlab.adapters.peft_hook import register
 
 register("cdka", CdkaConfig, CdkaModel, prefix="cdka_")
@@ -50,6 +52,8 @@ __all__ = [
     "UnsupportedLayerError",
     "adapter_layers",
     "default_d_a2",
+    "export_lora",
     "load_authors_state_dict",
+    "lora_factors",
     "to_authors_state_dict",
 ]
