@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kronlab.data import Example
+from kronlab.errors import ConfigError
 from kronlab.evals import GRADERS
 from kronlab.evaluate import evaluate, mean_and_error, score
 from kronlab.generate import CompletionScorer, ready_to_grade
@@ -219,6 +220,12 @@ def test_score_keeps_each_sample_for_paired_comparisons(toys: Callable[..., Any]
 def test_score_of_one_sample_has_no_standard_errors(toys: Callable[..., Any]) -> None:
     metrics = score(fake_rows(1), toys(1), SETTINGS)["metrics"]
     assert {metric["stderr"] for metric in metrics.values()} == {None}
+
+
+def test_references_that_are_all_cut_off_are_one_clear_line(toys: Callable[..., Any]) -> None:
+    rows = [row | {"nll": 0.0, "nll_tokens": 0} for row in fake_rows(3)]
+    with pytest.raises(ConfigError, match="eval toy: max_length=64 cuts off every reference completion; raise it"):
+        score(rows, toys(3), SETTINGS)
 
 
 def test_score_is_plain_json_and_marks_the_data(toys: Callable[..., Any]) -> None:

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from kronlab.data import Example, fingerprint
+from kronlab.errors import ConfigError
 from kronlab.evals import GRADERS
 from kronlab.generate import CompletionScorer, generate, length_sorted_batches
 from kronlab.progress import bar
@@ -113,8 +114,15 @@ def score(
 
     `nll_per_token` is the mean over all reference tokens of all samples (nats); its standard error is that of a ratio,
     with samples as the units.
+
+    Raises:
+        ConfigError: `max_length` leaves no reference token to score.
     """
     tokens = sum(row["nll_tokens"] for row in rows)
+    if not tokens:
+        raise ConfigError(
+            f"eval {settings['name']}: max_length={settings['max_length']} cuts off every reference completion; raise it"
+        )
     per_token = math.fsum(row["nll"] for row in rows) / tokens
     residuals = [row["nll"] - per_token * row["nll_tokens"] for row in rows]
     n = len(rows)
