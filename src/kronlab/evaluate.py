@@ -121,7 +121,8 @@ def score(
     tokens = sum(row["nll_tokens"] for row in rows)
     if not tokens:
         raise ConfigError(
-            f"eval {settings['name']}: max_length={settings['max_length']} cuts off every reference completion; raise it"
+            f"eval {settings['name']}: max_length={settings['max_length']} cuts off every reference completion; "
+            "raise it"
         )
     per_token = math.fsum(row["nll"] for row in rows) / tokens
     residuals = [row["nll"] - per_token * row["nll_tokens"] for row in rows]
