@@ -40,6 +40,11 @@ def run_cell(cell: Cell) -> dict[str, Any]:
         KronlabError: with a record of status "failed" left behind, so that the failure is not lost.
     """
     config = cell.config
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1:  # train() would share the batch, but each process would grade and write the same files
+        raise ConfigError(
+            f"started with {processes} processes; cells run in one so far: start scripts/train.py by itself"
+        )
     store = Store(config["results"]["dir"])
     if not config["force"] and store.is_done(cell.scale, cell.id, reuse=config["results"]["reuse"]):
         log.info("%s: done before, skipped (%s)", cell.name, store.record_path(cell.scale, cell.id))
