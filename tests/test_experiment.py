@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -124,6 +125,24 @@ def test_done_cell_is_skipped_and_nothing_is_touched(short: Callable[..., Cell],
     before = stamps(tmp_path)
     assert run_cell(cell) == first
     assert stamps(tmp_path) == before
+
+
+def test_record_that_came_with_a_clone_is_made_again(short: Callable[..., Cell], tmp_path: Path) -> None:
+    cell = short("method=lora")
+    first = run_cell(cell)
+    store = Store(cell.config["results"]["dir"])
+    shutil.rmtree(store.results / "checkpoints")  # not in git: what a clone brings are the records and the samples
+    foreign = first | {"started": "2000-01-01T00:00:00+00:00"}
+    record_file(cell).write_text(json.dumps(foreign))
+    samples = store.folder(cell.scale, cell.id) / "chain_sum" / "samples.jsonl"
+    rows = read_jsonl(samples)
+    samples.write_text("".join(json.dumps(row | {"completion": "not made here"}) + "\n" for row in rows))
+    assert run_cell(short("method=lora", "results.reuse=any")) == foreign
+    again = run_cell(cell)
+    assert again["started"] != foreign["started"]
+    assert again["train"]["final_loss"] == first["train"]["final_loss"]
+    assert [row["completion"] for row in read_jsonl(samples)] == [row["completion"] for row in rows]
+    assert run_cell(cell) == again  # from here on it is ours
 
 
 def test_force_does_it_again_with_the_same_numbers(short: Callable[..., Cell]) -> None:
