@@ -29,12 +29,6 @@ RECORD_SCHEMA = 1
 _NOT_SCIENTIFIC_IN_MODEL = ("directory", "licence", "gated", "pypi", "config")
 
 
-_TRAINER_KEYS = {
-    *("precision", "optimizer", "lr", "schedule", "warmup_ratio", "weight_decay", "betas", "max_grad_norm"),
-    *("epochs", "max_steps", "batch_size", "micro_batch_size", "group_by_length", "gradient_checkpointing"),
-}
-
-
 @dataclass(frozen=True)
 class Cell:
     """One experiment, ready to run.
@@ -182,8 +176,9 @@ def validate(config: Mapping[str, Any]) -> None:
     check(device in ("auto", "cpu", "cuda"), "runtime.device", device, "auto, cpu or cuda")
     reuse = config["results"]["reuse"]
     check(reuse in ("local", "any"), "results.reuse", reuse, "local or any")
-    for key in sorted(set(config["trainer"]) - _TRAINER_KEYS):  # added with +; would change the id and nothing else
-        faults.append(f"trainer.{key} is not a setting; known are {', '.join(sorted(_TRAINER_KEYS))}")
+    known = {str(key) for key in OmegaConf.load(CONFIG_DIR / "trainer" / "default.yaml")}
+    for key in sorted(set(config["trainer"]) - known):  # added with +; would change the id and nothing else
+        faults.append(f"trainer.{key} is not a setting; known are {', '.join(sorted(known))}")
     check(bool(config["eval"]), "eval", config["eval"], "at least one eval, as the task configs name them")
     for name, settings in config["eval"].items():
         grader = settings["grader"]

@@ -35,20 +35,23 @@ class Encoded:
         return len(self.input_ids)
 
 
+def prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase, *, causal: bool) -> list[int]:
+    """Token ids of a prompt, for training and generation alike.
+
+    Some tokenizers close every text with EOS; where the completion follows in the same sequence, it is taken off.
+    """
+    ids = list(tokenizer(prompt)["input_ids"])
+    return ids[:-1] if causal and ids and ids[-1] == tokenizer.eos_token_id else ids
+
+
 def encode(example: Example, tokenizer: PreTrainedTokenizerBase, *, causal: bool, max_length: int) -> Encoded:
     """Tokenise prompt and completion apart, so that training sees the prompt ids that generation starts from."""
-    prompt = (
-        tokenizer(example.prompt)["input_ids"] if causal else tokenizer(example.prompt, truncation=False)["input_ids"]
-    )
+    prompt = prompt_ids(example.prompt, tokenizer, causal=causal)
     completion = [
         *tokenizer(example.completion, add_special_tokens=False)["input_ids"],
         tokenizer.eos_token_id,
     ]
     if causal:
-        if (
-            prompt and prompt[-1] == tokenizer.eos_token_id
-        ):  # some tokenizers close every text; the completion follows here
-            prompt = prompt[:-1]
         ids, labels = prompt + completion, [IGNORED] * len(prompt) + completion
         return Encoded(ids[:max_length], labels[:max_length], truncated=len(ids) > max_length)
     return Encoded(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from kronlab.data import Example
-from kronlab.encode import SupervisedHead, collate, encode
+from kronlab.encode import SupervisedHead, collate, encode, prompt_ids
 
 _LOOK_BACK = 48  # tokens decoded at each step to look for the answer line: longer than any answer line worth reading
 
@@ -64,9 +64,7 @@ def ready_to_grade(network: nn.Module, dtype: torch.dtype) -> None:
 
 def left_padded(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, causal: bool) -> dict[str, Tensor]:
     """Token ids (B, T) with padding on the left, where it stands before the first real token of a causal model."""
-    rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    if causal:
-        rows = [ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids for ids in rows]
+    rows = [prompt_ids(prompt, tokenizer, causal=causal) for prompt in prompts]
     longest = max(map(len, rows))
     pads = [[tokenizer.pad_token_id] * (longest - len(ids)) for ids in rows]
     if causal:

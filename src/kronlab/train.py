@@ -79,10 +79,14 @@ class EpochSampler(Sampler[int]):
         return len(self.lengths)
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        return iter(self.order(self.epoch))
+
+    def order(self, epoch: int) -> list[int]:
+        """The examples of an epoch in the order in which they are trained on."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         order = torch.randperm(len(self.lengths), generator=generator).tolist()
         if not self.group_by_length:
-            return iter(order)
+            return order
         pool = 50 * self.batch_size
         order = [
             i for at in range(0, len(order), pool) for i in sorted(order[at : at + pool], key=self.lengths.__getitem__)
@@ -91,7 +95,7 @@ class EpochSampler(Sampler[int]):
         # The short batch, if any, stays last: the loop cuts the order into batches by position.
         tail = [batches.pop()] if len(batches[-1]) < self.batch_size else []
         shuffled = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
-        return iter([i for batch in shuffled + tail for i in batch])
+        return [i for batch in shuffled + tail for i in batch]
 
 
 class KronTrainer(Trainer):
@@ -157,7 +161,7 @@ class Journal(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         seconds = time.perf_counter() - self.started
-        examples, tokens, supervised = self._batch(args, state.global_step - 1)
+        examples, tokens, supervised = self._batch(state.global_step - 1)
         line = {
             "step": state.global_step,
             "loss": self.trainer.step_loss,
@@ -180,19 +184,12 @@ class Journal(TrainerCallback):
         if self.bar is not None:
             self.bar.close()
 
-    def _batch(self, args: Any, step: int) -> tuple[int, int, int]:
+    def _batch(self, step: int) -> tuple[int, int, int]:
         """(examples, tokens, supervised tokens) of an optimizer step, from the batch order."""
         if not self._tokens:
             sampler = self.trainer._sampler
             for epoch in itertools.count():
-                fresh = EpochSampler(
-                    sampler.lengths,
-                    batch_size=sampler.batch_size,
-                    seed=sampler.seed,
-                    group_by_length=sampler.group_by_length,
-                )
-                fresh.set_epoch(epoch)
-                order = list(fresh)
+                order = sampler.order(epoch)
                 for at in range(0, len(order), sampler.batch_size):
                     rows = [self.rows[i] for i in order[at : at + sampler.batch_size]]
                     supervised = sum(label != IGNORED for row in rows for label in row.labels)

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kronlab.adapters.base import KronConfig, KronLinear, adapter_layers
-from kronlab.adapters.cdka import CdkaConfig, CdkaLinear
+from kronlab.adapters.cdka import CdkaLinear
 from kronlab.adapters.kron_lora import KronLoraLinear
 from kronlab.adapters.peft_hook import get_peft_model_state_dict
 from kronlab.errors import ConfigError
@@ -116,8 +116,8 @@ def export_lora(
         tensors[f"{_PEFT_ROOT}{name}.lora_A.weight"] = down.float().cpu().contiguous()
         tensors[f"{_PEFT_ROOT}{name}.lora_B.weight"] = up.float().cpu().contiguous()
     kept = get_peft_model_state_dict(peft_model, adapter_name=adapter_name, save_embedding_layers=False)
-    prefix = "cdka_" if isinstance(config, CdkaConfig) else "kron_lora_"
-    tensors |= {key: value.cpu().contiguous() for key, value in kept.items() if f".{prefix}" not in key}
+    factors = tuple(f".{method.prefix}" for method in (CdkaLinear, KronLoraLinear))
+    tensors |= {k: v.cpu().contiguous() for k, v in kept.items() if not any(factor in k for factor in factors)}
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
     _lora_config(config, ranks, conv1d).save_pretrained(str(target))
