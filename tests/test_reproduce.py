@@ -286,7 +286,7 @@ def test_committed_tables_are_what_the_committed_records_say(scale: str, tmp_pat
     names = sorted(path.stem for path in committed.glob("table*.md"))
     if not names:
         pytest.skip(f"no table of scale {scale} is committed yet")
-    for kind in ("runs", "bench"):
+    for kind in ("runs", "bench", "align"):
         if (ROOT / "results" / kind / scale).is_dir():
             no_samples = shutil.ignore_patterns("*.jsonl")
             shutil.copytree(ROOT / "results" / kind / scale, tmp_path / kind / scale, ignore=no_samples)

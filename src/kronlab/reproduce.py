@@ -187,8 +187,25 @@ def _from_bench(spec: Mapping[str, Any], scale: str, request: Request) -> Table 
     )
 
 
+def _from_alignment(spec: Mapping[str, Any], scale: str, request: Request) -> Table | None:
+    from kronlab.align import run_align
+
+    return run_align(
+        spec,
+        scale,
+        name=spec["name"],
+        results=request.results_dir,
+        dry_run=request.dry_run,
+        render_only=request.render_only,
+        force=request.force,
+        reuse=request.reuse,
+        extra=request.extra,
+    )
+
+
 # What a table can be made of: the `kind` of its config.
 MAKERS: dict[str, Callable[[Mapping[str, Any], str, Request], Table | None]] = {
     "cells": _from_cells,
     "bench": _from_bench,
+    "align": _from_alignment,
 }

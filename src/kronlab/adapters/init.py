@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -156,7 +156,7 @@ def gradient_init_(
             raise ConfigError(
                 f"gradient_init_: {name} is quantised and has no gradient; load the base in 16 or 32 bits"
             )
-    gradients = _gradients(peft_model, layers, batches, loss_fn)
+    gradients = layer_gradients(peft_model, layers, batches, loss_fn)
     return {name: _start_from_gradient(layer, adapter_name, gradients[name]) for name, layer in layers.items()}
 
 
@@ -186,10 +186,26 @@ def _start_from_gradient(layer: KronLinear, adapter_name: str, gradient: Tensor)
     return math.sqrt(kept / total) if total > 0 else 0.0
 
 
-def _gradients(
-    peft_model: Any, layers: dict[str, KronLinear], batches: Iterable[Any], loss_fn: Callable[[nn.Module, Any], Tensor]
+def layer_gradients(
+    peft_model: Any,
+    layers: Mapping[str, KronLinear],
+    batches: Iterable[Any],
+    loss_fn: Callable[[nn.Module, Any], Tensor],
 ) -> dict[str, Tensor]:
-    """Sum over the batches of ∂loss/∂W, (d_out, d_in) in float32 on the CPU, for each module."""
+    """Sum over the batches of ∂loss/∂W at the base model: what full fine-tuning would follow in these layers.
+
+    The model is in evaluation mode and its adapters are off meanwhile; nothing of it is changed.
+
+    Args:
+        layers: adapted layers of the model by name, as `adapter_layers` gives them.
+        batches, loss_fn: as in :func:`gradient_init_`.
+
+    Returns:
+        (d_out, d_in) in float32 on the CPU, for each name.
+
+    Raises:
+        ConfigError: no batch, or a layer that the loss does not depend on or that has a non-finite gradient.
+    """
     weights = {id(layer.get_base_layer().weight): layer.get_base_layer().weight for layer in layers.values()}
     sums: dict[int, Tensor] = {}
 
@@ -210,13 +226,13 @@ def _gradients(
             for handle in handles:
                 handle.remove()
     if not seen:
-        raise ConfigError("gradient_init_: no batch was given; a gradient needs at least one")
+        raise ConfigError("no batch was given; a gradient needs at least one")
     gradients = {}
     for name, layer in layers.items():
         gradient = sums.get(id(layer.get_base_layer().weight))
         if gradient is None or not torch.isfinite(gradient).all():
             what = "does not depend on" if gradient is None else "has a non-finite gradient with respect to"
-            raise ConfigError(f"gradient_init_: the loss {what} {name}; look at loss_fn, or exclude the module")
+            raise ConfigError(f"the loss {what} {name}; look at loss_fn, or exclude the module")
         gradients[name] = gradient.T if layer.fan_in_fan_out else gradient
     return gradients
 

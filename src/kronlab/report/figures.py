@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib import rc_context
+from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from kronlab.report.alignment import layers_by_kind, measured, predicted
 from kronlab.report.cost import cases_of, peer_labels, setting, time_ratio
 
 # Text stays text in SVG; ids are drawn from this salt instead of a random one.
@@ -101,3 +102,50 @@ def _bars(
 
 
 _OUR_METHODS = ("method=cdka", "method=kron_lora")
+
+
+def alignment_figure(record: Mapping[str, Any]) -> Figure:
+    """Measured against predicted cosine of the first step, one panel an optimiser, with the diagonal.
+
+    A dot is a grid point in one kind of layer, its bar the standard deviation over layers and draws; one colour for
+    each r1, LoRA being r1 = 1, and grey diamonds for Kron-LoRA.
+    """
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(10, 4.6), layout="constrained")
+        panels = figure.subplots(1, 2, sharex=True, sharey=True)
+        titles = {"sgd": "gradient descent", "adamw": "AdamW"}
+        for axes, (optimiser, title) in zip(panels, titles.items(), strict=True):
+            _alignment_panel(axes, record, optimiser)
+            axes.set_title(title, fontsize=9)
+        panels[0].set_ylabel("measured cosine with the full gradient")
+        panels[0].legend(fontsize=7, loc="upper left")
+    return figure
+
+
+def _alignment_panel(axes: Axes, record: Mapping[str, Any], optimiser: str) -> None:
+    points, kinds = record["settings"]["points"], list(layers_by_kind(record).values())
+    groups: dict[int | None, list[str]] = {}
+    for key, point in points.items():
+        groups.setdefault(None if point["method"] == "kron_lora" else point.get("r1", 1), []).append(key)
+    widths = sorted(r1 for r1 in groups if r1 is not None)
+    colours = colormaps["viridis"].resampled(len(widths) + 1)  # one more: its last yellow is hardly seen on white
+    ends: list[float] = []
+    for r1 in [*widths, *([None] if None in groups else [])]:
+        x, y, error = [], [], []
+        for key in groups[r1]:
+            cosines, finite = measured(record, key, optimiser), predicted(record, key, "finite")
+            for chosen in kinds:
+                x.append(float(finite[chosen].mean()))
+                y.append(float(cosines[chosen].mean()))
+                error.append(float(cosines[chosen].std()))
+        ends += x
+        colour = _OTHERS if r1 is None else colours(widths.index(r1))
+        label, marker = ("Kron-LoRA", "D") if r1 is None else (f"r1 = {r1}", "o")
+        axes.errorbar(
+            x, y, yerr=error, fmt=marker, color=colour, markersize=3.5, elinewidth=0.6, alpha=0.85, label=label
+        )
+    axes.plot([min(ends), max(ends)], [min(ends), max(ends)], color=_REFERENCE, linewidth=0.8, linestyle="--")
+    axes.set_xscale("log")
+    axes.set_yscale("log", nonpositive="clip")
+    axes.grid(linewidth=0.3)
+    axes.set_xlabel("predicted √(r / (r + r1·d_in/r2))")

@@ -24,6 +24,7 @@ _LATEX = {mark: f"\\{mark}" for mark in "&%_#${}"} | {
     "^": "\\textasciicircum{}",
     "±": "$\\pm$",
     "·": "$\\cdot$",
+    "√": "$\\surd$",
 }
 
 
