@@ -56,6 +56,18 @@ def krona(d_in: int, d_out: int) -> int:
     return cdka(d_in, d_out, r1, r2, 1)
 
 
+def lokr(d_in: int, d_out: int, r: int = 8) -> int:
+    """W1 of the smaller factors of the two dimensions; W2 of the larger ones, whole where r is at least half of one."""
+
+    def halves(n: int) -> tuple[int, int]:
+        small = max(d for d in range(1, n + 1) if n % d == 0 and d * d <= n)
+        return small, n // small
+
+    (small_in, large_in), (small_out, large_out) = halves(d_in), halves(d_out)
+    whole = r >= max(large_in, large_out) / 2
+    return small_out * small_in + (large_out * large_in if whole else r * (large_out + large_in))
+
+
 CLOSED_FORMS = {
     "lora": lora,
     "rslora": lora,
@@ -63,6 +75,12 @@ CLOSED_FORMS = {
     "cdka": cdka,
     "kron_lora": kron_lora,
     "krona": krona,
+    "pissa": lora,
+    "lora_plus": lora,
+    "lora_ga": lora,
+    "adalora": lambda d_in, d_out: lora(d_in, d_out, 12) + 12,  # twelve singular values
+    "vera": lambda d_in, d_out: 256 + d_out,  # the vectors d and b
+    "lokr": lokr,
 }
 
 
@@ -71,7 +89,8 @@ def test_trainable_parameters_by_closed_form(name: str) -> None:
     network = attached(f"method={name}")
     assert models.count_parameters(network)[0] == sum(CLOSED_FORMS[name](*shape) for shape in LINEARS)
     trained = [p for p in network.parameters() if p.requires_grad]
-    frozen = [p for p in network.parameters() if not p.requires_grad]
+    # AdaLoRA's ranknum is a constant of the adapter, not a weight of the base
+    frozen = [p for key, p in network.named_parameters() if not p.requires_grad and "ranknum" not in key]
     assert {p.dtype for p in trained} == {torch.float32}, "adapters in fp32 on a bf16 base"
     assert {p.dtype for p in frozen} == {torch.bfloat16}
 
@@ -127,6 +146,11 @@ def test_every_method_config_keeps_the_function_at_the_start() -> None:
             ["lm_head", "r1=8", "d_out=260", "5 or 10"],
         ),
         (["method=lora", "method.lm_head=true", "model=tiny_deberta"], ConfigError, ["method.lm_head=true"]),
+        (["method=pissa", "method.init=pizza"], ConfigError, ["method.init='pizza'", "pissa_niter_16", "lora_ga"]),
+        (["method=adalora", "method.init_r=8"], ConfigError, ["method.init_r=8", "above method.r=8"]),
+        (["method=adalora", "method.t_final=0.95"], ConfigError, ["method.t_final=0.95", "together below 1"]),
+        (["method=vera", "+method.options.rank=3"], ConfigError, ["method vera", "'rank'", "method.options"]),
+        (["method=lokr", "method.r=0"], ConfigError, ["method lokr", "`r`", "positive"]),
     ],
 )
 def test_a_setting_that_does_not_fit_is_one_line(
@@ -156,6 +180,12 @@ def test_unknown_method_names_those_that_exist() -> None:
         (["method=dora"], "DoRA r=8"),
         (["method=kron_lora"], "Kron-LoRA r=8"),
         (["method=krona"], "KronA"),
+        (["method=pissa"], "PiSSA r=8"),
+        (["method=lora_plus"], "LoRA+ r=8"),
+        (["method=lora_ga", "method.r=4"], "LoRA-GA r=4"),
+        (["method=adalora"], "AdaLoRA r=8"),
+        (["method=vera"], "VeRA r=256"),
+        (["method=lokr"], "LoKr r=8"),
         (["method=full"], "full fine-tuning"),
         (["method=none"], "base model"),
     ],
@@ -182,6 +212,9 @@ LORA8 = sum(lora(*shape) for shape in LINEARS)
         (["method=lora", "method.budget=50%"], {"r": 4}),
         (["method=rslora", "method.budget=lora:4"], {"r": 4}),
         (["method=dora", "method.budget=100%"], {"r": 7}),
+        (["method=pissa", "method.budget=50%"], {"r": 4}),
+        (["method=lora_plus", "method.budget=lora:4"], {"r": 4}),
+        (["method=lora_ga", "method.budget=5000"], {"r": 4}),
         (["method=krona", "method.budget=lora:8"], {"r1": "near_square", "r2": "near_square", "r": 8}),
         (["method=lora", "method.budget=5000"], {"r": 4}),
     ],
@@ -227,6 +260,7 @@ def test_a_cell_is_the_same_whichever_way_its_sizes_are_written() -> None:
         (["method=cdka", "method.budget=much"], "budget='much': write a number"),
         (["method=cdka", "method.budget=100"], "the smallest cdka has 1,"),
         (["method=full", "+method.budget=5%"], "method.budget is not known to method full"),
+        (["method=vera", "+method.budget=5%"], "method.budget is not known to method vera"),
         (["method=krona", "method.r1=2", "method.budget=5%"], "near_square for both"),
         (["method=cdka", "+method.options.r_pattern={q_proj: 2}", "method.budget=50%"], "method.options.r_pattern"),
     ],

@@ -45,11 +45,29 @@ ANCHORS = [
     ("mistral_7b", ["method=lora", "method.lm_head=true"], 21_260_288),
     ("mistral_7b", ["method=krona", "method.lm_head=true"], 2_284_032),
 ]
+# not published, by hand: 32 blocks of q, k, v, o (4096, 4096), gate, up (4096, 11008), down (11008, 4096)
+BY_HAND = [
+    ("method=pissa", 19_988_480, 8),
+    ("method=lora_ga", 19_988_480, 8),
+    ("method=adalora", 12 * 19_988_480 // 8 + 12 * 7 * 32, 12),
+    ("method=vera", 32 * (7 * 256 + 5 * 4096 + 2 * 11008), 256),
+    # 4096 = 64 x 64, 11008 = 86 x 128; rank 64 x 8 throughout
+    ("method=lokr", 32 * (4 * (64 * 64 + 8 * (64 + 64)) + 3 * (64 * 86 + 8 * (64 + 128))), 512),
+]
 
 
 @pytest.mark.parametrize(("model", "overrides", "expected"), ANCHORS, ids=[f"{m}-{' '.join(o)}" for m, o, _ in ANCHORS])
 def test_published_counts(model: str, overrides: list[str], expected: int) -> None:
     assert planned(f"model={model}", *overrides)["trainable_params"] == expected
+
+
+@pytest.mark.parametrize(("override", "parameters", "rank"), BY_HAND)
+def test_other_methods_are_counted_too(override: str, parameters: int, rank: int) -> None:
+    plan = planned("model=llama2_7b", override)
+    assert (plan["trainable_params"], plan["adapted_layers"]) == (parameters, 7 * 32)
+    assert (plan["max_rank"], plan["predicted_alignment"]) == (rank, None)
+    assert sum(row["layers"] * row["params_each"] for row in plan["by_kind"]) == parameters
+    assert f"{parameters:,}" in render(plan, "text")
 
 
 def test_an_eighth_of_lora_is_exactly_that() -> None:

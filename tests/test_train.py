@@ -28,9 +28,10 @@ from transformers import set_seed
 import kronlab.train
 from kronlab import methods, models
 from kronlab.data import Example
-from kronlab.encode import Encoded, SupervisedHead, encode
+from kronlab.encode import Encoded, SupervisedHead, collate, encode
 from kronlab.errors import CheckpointError, ConfigError
-from kronlab.experiment import DTYPES
+from kronlab.experiment import DTYPES, _move_base
+from kronlab.moved_base import moves_base
 from kronlab.runs import read_jsonl
 from kronlab.train import (
     COMPLETE,
@@ -50,6 +51,7 @@ TRAINER = [
 ]  # fmt: skip
 ROWS, STEPS = 18, 10  # two epochs of five steps; the last of each has a batch of two
 SAVE_EVERY = 3
+ALLOCATING = ["method=adalora", "method.t_final=0.1", "method.delta_t=2"]  # the budget falls from step 2 to step 9
 
 
 def fit(config: dict[str, Any], examples: list[Example], directory: Path) -> tuple[TrainReport, nn.Module]:
@@ -60,9 +62,13 @@ def fit(config: dict[str, Any], examples: list[Example], directory: Path) -> tup
     causal = config["model"]["architecture"] == "causal_lm"
     rows = [encode(example, tokenizer, causal=causal, max_length=64) for example in examples]
     objective = SupervisedHead(network, causal=causal, rows_at_once=config["trainer"]["loss_rows"])
+    if moves_base(config["method"]):
+        first = [collate([row], pad_id=tokenizer.pad_token_id) for row in rows[:8]]
+        _move_base(network, directory, config["method"], first, objective)
     report = train(
         network, rows, config["trainer"], directory=directory, seed=config["seed"],
         pad_id=tokenizer.pad_token_id, objective=objective, runtime=config["runtime"],
+        hooks=methods.hooks(network, config["method"]),
     )  # fmt: skip
     return report, network
 
@@ -493,7 +499,9 @@ def kill(processes: ForkServerContext) -> Callable[..., None]:
 
 
 def contents(checkpoint: Path) -> dict[str, Any]:
+    own = checkpoint / "method.pt"
     return {
+        "method": torch.load(own, weights_only=True) if own.is_file() else None,
         "optimizer": torch.load(checkpoint / "optimizer.pt", weights_only=True),
         "scheduler": torch.load(checkpoint / "scheduler.pt", weights_only=True),
         "random": torch.load(checkpoint / "rng_state.pth", weights_only=False),
@@ -522,6 +530,14 @@ def flatten(value: Any, at: str = "") -> dict[str, Any]:
         ("saved", 7, 7, ["trainer.max_steps=7"]),  # after the last step, which is inside an epoch
         ("step", 8, 6, ["method=full"]),
         ("step", 8, 6, ["method=cdka", "trainer.precision=bf16"]),
+        ("step", 2, 0, ["method=lora_ga"]),  # its start was drawn, and is not drawn again
+        ("step", 8, 6, ["method=lora_ga"]),
+        ("step", 8, 6, ["method=pissa", "method.init=pissa_niter_2", "trainer.precision=bf16"]),
+        ("step", 8, 6, ["method=lora_plus"]),
+        ("step", 8, 6, ALLOCATING),  # AdaLoRA while the budget falls
+        ("step", 8, 6, ["method=adalora"]),  # and after it has fallen
+        ("step", 8, 6, ["method=vera", "method.dropout=0.1"]),
+        ("step", 8, 6, ["method=lokr"]),
     ],
 )
 def test_killed_and_started_again_equals_uninterrupted(
@@ -549,6 +565,24 @@ def test_killed_and_started_again_equals_uninterrupted(
     kept = [s for s in before if after[s] == before[s]]
     assert [s for s in kept if s <= resumes_at] == list(range(1, resumes_at + 1))
     assert len([s for s in before if s > resumes_at and s in kept]) < max(1, step - resumes_at)
+
+
+def test_the_comparison_above_sees_adalora_s_own_state(
+    config: Callable[..., Any], examples: list[Example], uninterrupted: Callable[..., Run], tmp_path: Path
+) -> None:
+    """Importance as it was at the second step, at the sixth: other directions are pruned."""
+    changes = (*ALLOCATING, "runtime.keep_checkpoints=9", "runtime.save_every=1")
+    whole = uninterrupted(*changes)
+    for name, source in (("damaged", "checkpoint-2"), ("whole", "checkpoint-6")):
+        cut = tmp_path / name
+        shutil.copytree(whole.directory, cut)
+        for later in range(7, STEPS + 1):
+            shutil.rmtree(cut / f"checkpoint-{later}")
+        shutil.copyfile(whole.directory / source / "method.pt", cut / "checkpoint-6" / "method.pt")
+        mark_whole(cut / "checkpoint-6")
+        _, network = fit(config(*changes), examples, cut)
+        same = all(torch.equal(a, b) for a, b in zip(network.parameters(), whole.network.parameters(), strict=True))
+        assert same == (name == "whole")
 
 
 @pytest.mark.parametrize("forgotten", ["optimizer", "random", "weights", "scheduler"])

@@ -36,6 +36,7 @@ _NOT_SCIENTIFIC_IN_MODEL = ("directory", "licence", "gated", "pypi", "config")
 NEUTRAL: dict[str, Any] = {
     "method.budget": None,
     "method.init_batches": 8,
+    "method.lr_ratio": None,
     "trainer.compile": False,
     "trainer.loss_rows": None,
 }
@@ -190,7 +191,7 @@ def validate(config: Mapping[str, Any]) -> None:
     check(precision in ("bf16", "fp32"), "trainer.precision", precision, "bf16 or fp32")
     method = config["method"]
     check(method["name"] in METHODS, "method.name", method["name"], f"one of {', '.join(METHODS)}")
-    for key in ("r1", "r2", "r", "d_a1", "d_a2"):
+    for key in ("r1", "r2", "r", "d_a1", "d_a2", "init_r", "delta_t"):
         value = method.get(key, 1)
         named = key in ("r1", "r2") and value == "near_square"
         absent = key == "d_a2" and value is None
@@ -198,6 +199,9 @@ def validate(config: Mapping[str, Any]) -> None:
         check(right, f"method.{key}", value, "a whole number of at least 1")
     task = config["task"]["name"]
     check(task != "none" or not trains(method), "task", task, "a task with training data, or method=none")
+    if method.get("lr_ratio") is not None:
+        number("method", "lr_ratio", above=0)
+        check(method["name"] == "lora", "method.lr_ratio", method["lr_ratio"], "null: only LoRA has factors A and B")
     n = config["task"]["n"]
     check(
         n is None or (isinstance(n, int) and n >= 1),

@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from kronlab import methods, models, runs
-from kronlab.adapters.init import gradient_init_
+from kronlab import methods, models, moved_base, runs
+from kronlab.adapters.init import gradient_init_, layer_gradients
 from kronlab.cell import RECORD_SCHEMA, Cell
 from kronlab.classification import ClassificationHead, encode_sentences
 from kronlab.data import Example, class_labels, few_shot, fingerprint, load_examples
@@ -32,7 +33,7 @@ from kronlab.evals.registry import harness_of
 from kronlab.evaluate import evaluate, score
 from kronlab.generate import ready_to_grade
 from kronlab.runs import Store
-from kronlab.train import Diverged, TrainReport, train
+from kronlab.train import Diverged, TrainReport, newest_checkpoint, train
 
 log = logging.getLogger(__name__)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -216,45 +217,87 @@ def _graded_examples(config: dict[str, Any], settings: dict[str, Any]) -> list[E
 
 def _train(cell: Cell, store: Store, network: nn.Module, tokenizer: Any) -> dict[str, Any]:
     """Train, or load the weights that an earlier run of the same `train_id` has left; return the record's section."""
-    config = cell.config
+    config, method = cell.config, cell.config["method"]
     folder = store.checkpoints(cell.train_id)
     final = folder / "final"
     if (final / "train.json").is_file():
         log.info("taking the weights trained before (%s)", final)
-        _load_weights(network, final)
+        _load_weights(network, final, moved=moved_base.moves_base(method))
         section = dict(json.loads((final / "train.json").read_text()))
     else:
         task = config["task"]
         examples = _examples(config, task, length_fn=lambda text: len(tokenizer(text)["input_ids"]))
         read, objective = _road(config, network, tokenizer)
         rows = [read(example) for example in examples]
+        start = None
         with runs.PeakMemory() as memory:
-            if config["method"].get("init") == "gradient":
-                first = rows[: config["method"]["init_batches"]]
-                _start_from_gradient(network, first, objective, tokenizer.pad_token_id)
+            first = [collate([row], pad_id=tokenizer.pad_token_id) for row in rows[: method.get("init_batches", 0)]]
+            if method.get("init") == "gradient":
+                _start_from_gradient(network, first, objective)
+            elif moved_base.moves_base(method):
+                start = _move_base(network, folder, method, first, objective)
             report = train(
                 network, rows, config["trainer"], directory=folder, seed=config["seed"], pad_id=tokenizer.pad_token_id,
                 objective=objective, runtime=config["runtime"] | {"device": _device(config["runtime"])},
+                hooks=methods.hooks(network, method),
                 report_to=_start_logger(cell), run_name=f"{cell.name} [{cell.id}]",
             )  # fmt: skip
         _stop_logger(cell)
         section = _train_section(report, memory.bytes, fingerprint(examples), len(examples))
-        _save_weights(network, final, section)
+        _save_weights(network, final, section, start)
     target = store.folder(cell.scale, cell.id)
     target.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(folder / "loss.jsonl", target / "loss.jsonl")
     return section
 
 
-def _start_from_gradient(network: nn.Module, rows: Sequence[Encoded], objective: Objective, pad_id: int) -> None:
+def _mean_loss(objective: Objective) -> Callable[[nn.Module, dict[str, Tensor]], Tensor]:
+    return lambda model, batch: objective.losses(model, batch).mean()
+
+
+def _start_from_gradient(network: nn.Module, batches: Sequence[dict[str, Tensor]], objective: Objective) -> None:
     """Start the adapter from the gradient of the first rows, each a batch of its own, as the authors do."""
-
-    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        return objective.losses(model, batch).mean()
-
-    cosines = gradient_init_(network, [collate([row], pad_id=pad_id) for row in rows], loss)
+    cosines = gradient_init_(network, batches, _mean_loss(objective))
     mean = sum(cosines.values()) / len(cosines)
-    log.info("started from the gradient of %d examples: the first step's mean cosine with it is %.2f", len(rows), mean)
+    log.info(
+        "started from the gradient of %d examples: the first step's mean cosine with it is %.2f", len(batches), mean
+    )
+
+
+def _move_base(
+    network: nn.Module,
+    folder: Path,
+    method: dict[str, Any],
+    batches: Sequence[dict[str, Tensor]],
+    objective: Objective,
+) -> dict[str, Tensor]:
+    """Start a method of `kronlab.moved_base`; the start is drawn once and kept in `folder`, and returned.
+
+    Raises:
+        ConfigError: a rank or a layer that the start cannot be had for.
+        CheckpointError: training has begun, and its start is lost or cannot be read.
+    """
+    file = folder / "start.safetensors"
+    mend = f"delete {folder} and run the cell again"
+    if not file.is_file():
+        if newest_checkpoint(folder) is not None:
+            raise CheckpointError(f"{file} is missing, the checkpoints beside it mean nothing without it; {mend}")
+        if method["init"] == "lora_ga":
+            layers = dict(moved_base.lora_layers(network))
+            gradients = layer_gradients(network, layers, batches, _mean_loss(objective))
+            start = moved_base.lora_ga_start(network, gradients, method["gamma"])
+        else:
+            start = moved_base.pissa_start(network, method["init"])
+        scratch = file.with_suffix(".part")
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(start, scratch)
+        scratch.rename(file)
+    try:
+        start = load_file(file)
+        moved_base.move(network, start)
+    except Exception as error:
+        raise CheckpointError(f"{file} cannot be read ({' '.join(str(error).split())}); {mend}") from error
+    return start
 
 
 def _train_section(report: TrainReport, peak: int | None, data_sha: str, examples: int) -> dict[str, Any]:
@@ -267,27 +310,42 @@ def _train_section(report: TrainReport, peak: int | None, data_sha: str, example
     }
 
 
-def _save_weights(network: nn.Module, final: Path, section: dict[str, Any]) -> None:
-    """Save what was trained; the folder appears under its name only when it is whole."""
+def _save_weights(
+    network: nn.Module, final: Path, section: dict[str, Any], start: dict[str, Tensor] | None = None
+) -> None:
+    """Save what was trained; the folder appears under its name only when it is whole.
+
+    With a `start` of `kronlab.moved_base`, what is saved is for the base as it was before.
+    """
     scratch = final.with_name("final.part")
     shutil.rmtree(scratch, ignore_errors=True)
-    network.save_pretrained(scratch)  # type: ignore[operator]
+    if start is None:
+        network.save_pretrained(scratch)  # type: ignore[operator]
+    else:
+        moved_base.save_as_lora(network, start, scratch)
     (scratch / "train.json").write_text(json.dumps(section, indent=1) + "\n")
     shutil.rmtree(final, ignore_errors=True)
     scratch.rename(final)
 
 
-def _load_weights(network: nn.Module, final: Path) -> None:
-    """Load what `_save_weights` has saved; a tensor too few, too many or of another shape is a CheckpointError."""
+def _load_weights(network: nn.Module, final: Path, *, moved: bool = False) -> None:
+    """Load what `_save_weights` has saved; a tensor too few, too many or of another shape is a CheckpointError.
+
+    `moved`: it was saved with a start, which the base is moved by first.
+    """
     from peft import PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
     from safetensors.torch import load_model
 
     try:
         if isinstance(network, PeftModel):
-            given = load_peft_weights(str(final), device="cpu")
+            given, start = load_peft_weights(str(final), device="cpu"), None
+            if moved:
+                given, start = moved_base.split(given)
             missing = get_peft_model_state_dict(network, save_embedding_layers=False).keys() - given.keys()
             if missing:  # PEFT would go on with the values that these have now
                 raise ValueError(f"it lacks {len(missing)} tensors, such as {min(missing)}")
+            if start is not None:
+                moved_base.move(network, start)
             unknown = set_peft_model_state_dict(network, given).unexpected_keys
             if unknown:
                 raise ValueError(f"it has {len(unknown)} unknown tensors, such as {min(unknown)}")

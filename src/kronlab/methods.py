@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,10 +18,12 @@ from kronlab import models
 from kronlab.adapters.base import KronLinear
 from kronlab.adapters.design import KINDS, Design, design
 from kronlab.errors import ConfigError, KronlabError
+from kronlab.hooks import AdaLora, Hooks, LoraPlus, freeze_constants
 from kronlab.models import head_modules
 
 log = logging.getLogger(__name__)
 
+_MOVED_START = re.compile(r"pissa(_niter_\d+)?|lora_ga")
 _TASK_TYPE = {"causal_lm": "CAUSAL_LM", "seq2seq_lm": "SEQ_2_SEQ_LM", "sequence_classification": "SEQ_CLS"}
 
 
@@ -37,17 +40,75 @@ def _common(model: Mapping[str, Any], method: Mapping[str, Any], network: nn.Mod
     }
 
 
-def _lora(model: Mapping[str, Any], method: Mapping[str, Any], network: nn.Module) -> Any:
-    from peft import LoraConfig
-
+def _with_head(model: Mapping[str, Any], method: Mapping[str, Any], network: nn.Module) -> dict[str, Any]:
+    """`_common`, with the output layer among the targets where `method.lm_head` asks for it."""
     arguments = _common(model, method, network)
     if method["lm_head"]:
         arguments["target_modules"] = _with_output_layer(network, arguments["target_modules"])
+    return arguments
+
+
+def _lora(model: Mapping[str, Any], method: Mapping[str, Any], network: nn.Module) -> Any:
+    """LoRA, also of the methods that differ from it in their start (`kronlab.moved_base`) or their optimizer alone."""
+    from peft import LoraConfig
+
+    init = str(method.get("init") or "")
+    if init and not _MOVED_START.fullmatch(init):
+        raise ConfigError(f"method.init={init!r}; use pissa, pissa_niter_16 or lora_ga")
     return LoraConfig(
         r=method["r"],
         lora_alpha=method["alpha"],
         lora_dropout=method["dropout"],
-        **arguments,
+        **_with_head(model, method, network),
+        **dict(method["options"]),
+    )
+
+
+def _adalora(model: Mapping[str, Any], method: Mapping[str, Any], network: nn.Module) -> Any:
+    from peft import AdaLoraConfig
+
+    if method["init_r"] <= method["r"]:
+        raise ConfigError(
+            f"method.init_r={method['init_r']}: must be above method.r={method['r']}, the mean at the end"
+        )
+    t_init, t_final = method["t_init"], method["t_final"]
+    if min(t_init, t_final) < 0 or t_init + t_final >= 1:
+        raise ConfigError(f"method.t_init={t_init}, method.t_final={t_final}: shares of the steps, together below 1")
+    return AdaLoraConfig(
+        target_r=method["r"],
+        init_r=method["init_r"],
+        lora_alpha=method["alpha"],
+        lora_dropout=method["dropout"],
+        deltaT=method["delta_t"],
+        beta1=method["betas"][0],
+        beta2=method["betas"][1],
+        orth_reg_weight=method["orthogonal"],
+        total_step=1,  # not known yet: `kronlab.hooks.AdaLora.begin`
+        **_with_head(model, method, network),
+        **dict(method["options"]),
+    )
+
+
+def _vera(model: Mapping[str, Any], method: Mapping[str, Any], network: nn.Module) -> Any:
+    from peft import VeraConfig
+
+    return VeraConfig(
+        r=method["r"],
+        d_initial=method["d_initial"],
+        vera_dropout=method["dropout"],
+        **_with_head(model, method, network),
+        **dict(method["options"]),
+    )
+
+
+def _lokr(model: Mapping[str, Any], method: Mapping[str, Any], network: nn.Module) -> Any:
+    from peft import LoKrConfig
+
+    return LoKrConfig(
+        r=method["r"],
+        alpha=method["alpha"],
+        decompose_factor=method["factor"],
+        **_with_head(model, method, network),
         **dict(method["options"]),
     )
 
@@ -75,6 +136,9 @@ PEFT_METHODS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any], nn.Modul
     "lora": _lora,
     "cdka": _cdka,
     "kron_lora": _kron_lora,
+    "adalora": _adalora,
+    "vera": _vera,
+    "lokr": _lokr,
 }
 METHODS = ("none", "adapter", "full", *PEFT_METHODS)
 
@@ -225,4 +289,14 @@ def attach(network: nn.Module, model: Mapping[str, Any], method: Mapping[str, An
     for parameter in adapted.parameters():  # PEFT does so for the adapters alone, not for the modules that it copies
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    freeze_constants(adapted)
     return adapted
+
+
+def hooks(network: nn.Module, method: Mapping[str, Any]) -> Hooks:
+    """What the method adds to training, for a network that it is attached to."""
+    if method["name"] == "adalora":
+        return AdaLora(network, method["t_init"], method["t_final"])
+    if method.get("lr_ratio") is not None:
+        return LoraPlus(method["lr_ratio"])
+    return Hooks()

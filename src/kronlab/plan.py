@@ -9,11 +9,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from peft.tuners.adalora import AdaLoraLayer
+from peft.tuners.lokr import LoKrLayer
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.vera import VeraLayer
 from torch import nn
 
 from kronlab import methods, models
 from kronlab.adapters import adapter_layers
 from kronlab.errors import ConfigError
+from kronlab.moved_base import moves_base
 
 _BYTES = {"bf16": 2, "fp32": 4}
 _ADAM_BYTES = 16  # fp32 weight, gradient and AdamW's two moments of one trainable parameter
@@ -28,11 +34,10 @@ def lora_alignment(r: int, d_in: int) -> float:
 
 
 def _adapted(network: nn.Module) -> list[dict[str, Any]]:
-    """One entry for each adapted layer: name, d_in, d_out, max_rank, alignment, parameters."""
-    from peft.tuners.lora import LoraLayer
-
+    """One entry for each adapted layer: name, d_in, d_out, max_rank, alignment (None: no prediction), parameters."""
     found = []
-    for name, layer in adapter_layers(network):
+    ours = dict(adapter_layers(network))
+    for name, layer in ours.items():
         found.append(
             {
                 "name": name,
@@ -44,19 +49,33 @@ def _adapted(network: nn.Module) -> list[dict[str, Any]]:
             }
         )
     for name, module in network.named_modules():
-        if isinstance(module, LoraLayer) and "default" in module.r:
-            r = module.r["default"]
+        if isinstance(module, BaseTunerLayer) and name not in ours:
+            adapter: Any = module
+            d_in, d_out, rank = adapter.in_features, adapter.out_features, _rank(adapter)
+            from_random = isinstance(module, LoraLayer) and not isinstance(module, AdaLoraLayer)
             found.append(
                 {
                     "name": name,
-                    "d_in": module.in_features,
-                    "d_out": module.out_features,
-                    "max_rank": min(r, module.in_features, module.out_features),
-                    "alignment": lora_alignment(r, module.in_features),
+                    "d_in": d_in,
+                    "d_out": d_out,
+                    "max_rank": None if rank is None else min(rank, d_in, d_out),
+                    "alignment": lora_alignment(adapter.r["default"], d_in) if from_random else None,
                     "parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
                 }
             )
     return found
+
+
+def _rank(layer: Any) -> int | None:
+    """The largest rank that the factors of one of PEFT's layers allow ΔW; None: of a kind not known here."""
+    if isinstance(layer, LoraLayer | VeraLayer):
+        return int(layer.r["default"])
+    if isinstance(layer, LoKrLayer):  # the rank of a Kronecker product is the product of the ranks
+        return math.prod(
+            min(*whole["default"].shape) if "default" in whole else layer.r["default"]
+            for whole in (layer.lokr_w1, layer.lokr_w2)
+        )
+    return None
 
 
 def make_plan(
@@ -86,6 +105,8 @@ def make_plan(
         network = methods.attach(network, model, method)
     trainable, total = models.count_parameters(network)
     layers = _adapted(network)
+    if moves_base(method):
+        layers = [layer | {"alignment": None} for layer in layers]  # the prediction is for B = 0 and a random A
     kinds = _by_kind(layers)
     return {
         "model": model["name"],
@@ -224,7 +245,7 @@ def as_text(plan: Mapping[str, Any], *, by_kind: bool = True) -> str:
             cosine = "" if row["predicted_alignment"] is None else f"{row['predicted_alignment']:.4f}"
             lines.append(
                 f"  {row['kind']:<12}{row['layers']:>7}{row['d_in']:>8}{row['d_out']:>8}{row['params_each']:>13,}"
-                f"{row['max_rank']:>10}{cosine:>11}"
+                f"{'' if row['max_rank'] is None else row['max_rank']:>10}{cosine:>11}"
             )
     return "\n".join(lines)
 

@@ -28,12 +28,14 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from kronlab.encode import IGNORED, Encoded, Objective, collate
 from kronlab.errors import CheckpointError, ConfigError, KronlabError
+from kronlab.hooks import Hooks
 from kronlab.progress import bar
 from kronlab.runs import read_jsonl, write_jsonl
 
 log = logging.getLogger(__name__)
 
 COMPILE_BACKEND = "inductor"
+METHOD_STATE = "method.pt"  # of a method that has a state of its own
 COMPLETE = "COMPLETE"  # written last into a checkpoint: without it, the checkpoint is a fragment
 
 
@@ -100,17 +102,27 @@ class EpochSampler(Sampler[int]):
 
 
 class KronTrainer(Trainer):
-    """`transformers.Trainer` with our loss, sampler and checkpoint marker."""
+    """`transformers.Trainer` with our loss, sampler and checkpoint marker, and what the method adds (`hooks`)."""
 
-    def __init__(self, *arguments: Any, sampler: EpochSampler, objective: Objective, **keywords: Any) -> None:
+    def __init__(
+        self, *arguments: Any, sampler: EpochSampler, objective: Objective, hooks: Hooks, **keywords: Any
+    ) -> None:
         super().__init__(*arguments, **keywords)
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the supervised tokens of the whole step
         self._sampler = sampler
         self._objective = objective
+        self._hooks = hooks
         self.step_loss = 0.0
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         return self._sampler
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            network = self.model if model is None else model
+            kind, keywords = self.get_optimizer_cls_and_kwargs(self.args, network)
+            self.optimizer = self._hooks.optimizer(network, kind, self.args.weight_decay, keywords)
+        return super().create_optimizer(model)
 
     def compute_loss(
         self,
@@ -129,16 +141,41 @@ class KronTrainer(Trainer):
 
     def training_step(self, *arguments: Any, **keywords: Any) -> Tensor:
         loss = super().training_step(*arguments, **keywords)
+        penalty = self._hooks.penalty()
+        if penalty is not None:  # apart from the loss, so that the losses of all methods mean the same
+            (penalty / self.current_gradient_accumulation_steps).backward()
         self.step_loss += float(loss)
         return loss
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        mark_whole(Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}")
+        checkpoint = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        state = self._hooks.state()
+        if state is not None:
+            torch.save(state, checkpoint / METHOD_STATE)
+        mark_whole(checkpoint)
+
+    def restore_method(self, checkpoint: Path) -> None:
+        """The method's own state, if its checkpoints have one."""
+        if self._hooks.state() is not None:
+            self._hooks.restore(torch.load(checkpoint / METHOD_STATE, map_location="cpu", weights_only=True))
 
     def take_weights(self, checkpoint: Path) -> None:
         """Only the weights: for a run whose last step is done."""
         self._load_from_checkpoint(str(checkpoint))
+
+
+class MethodSteps(TrainerCallback):
+    """Tells the method's hooks when training begins, and of every step while its gradients are there."""
+
+    def __init__(self, hooks: Hooks) -> None:
+        self.hooks = hooks
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.hooks.begin(state.max_steps)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.hooks.after_step(state.global_step + 1)  # transformers counts the step after this call
 
 
 class Journal(TrainerCallback):
@@ -210,6 +247,7 @@ def train(
     pad_id: int,
     objective: Objective,
     runtime: Mapping[str, Any],
+    hooks: Hooks | None = None,
     report_to: Sequence[str] = (),
     run_name: str | None = None,
 ) -> TrainReport:
@@ -221,6 +259,7 @@ def train(
         recipe: the `trainer` config section.
         objective: the loss of a batch; language models: `kronlab.encode.SupervisedHead(network, causal=...)`.
         directory: receives `loss.jsonl` and `checkpoint-<step>/`.
+        hooks: what the method adds (`kronlab.methods.hooks`); None: nothing.
         report_to: integrations of transformers, e.g. ["wandb"].
 
     Raises:
@@ -242,6 +281,7 @@ def train(
     )
     if recipe["gradient_checkpointing"]:
         network.enable_input_require_grads()  # type: ignore[operator]
+    hooks = hooks or Hooks()
     trainer = KronTrainer(
         model=network,
         args=arguments,
@@ -249,11 +289,13 @@ def train(
         data_collator=partial(collate, pad_id=pad_id),
         sampler=sampler,
         objective=objective,
+        hooks=hooks,
     )
     for silent in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(silent)
     journal = Journal(directory / "loss.jsonl", trainer, rows, progress=bool(runtime["progress"]))
     trainer.add_callback(journal)
+    trainer.add_callback(MethodSteps(hooks))
     checkpoint = newest_checkpoint(directory)
     blocks = compile_blocks(network) if recipe["compile"] else []
     try:
@@ -264,6 +306,7 @@ def train(
             trainer.take_weights(checkpoint)
         else:
             log.info("resuming from %s", checkpoint.name)
+            trainer.restore_method(checkpoint)
             trainer.train(resume_from_checkpoint=str(checkpoint))
     except KronlabError:
         raise

@@ -188,7 +188,7 @@ def _start_from_gradient(layer: KronLinear, adapter_name: str, gradient: Tensor)
 
 def layer_gradients(
     peft_model: Any,
-    layers: Mapping[str, KronLinear],
+    layers: Mapping[str, Any],
     batches: Iterable[Any],
     loss_fn: Callable[[nn.Module, Any], Tensor],
 ) -> dict[str, Tensor]:
@@ -197,7 +197,7 @@ def layer_gradients(
     The model is in evaluation mode and its adapters are off meanwhile; nothing of it is changed.
 
     Args:
-        layers: adapted layers of the model by name, as `adapter_layers` gives them.
+        layers: adapted layers of the model by name, ours or PEFT's.
         batches, loss_fn: as in :func:`gradient_init_`.
 
     Returns:
