@@ -65,7 +65,7 @@ class Point:
     """One adapter of the grid; `sizes` as its method's config names them, all of them numbers."""
 
     method: str
-    sizes: Mapping[str, int]
+    sizes: Mapping[str, Any]
 
     @property
     def label(self) -> str:

@@ -49,7 +49,7 @@ def pissa_start(network: nn.Module, init: str) -> dict[str, Tensor]:
     Raises:
         ConfigError: a rank above a layer's dimensions, or a weight that another module shares.
     """
-    start = {}
+    start: dict[str, Tensor] = {}
     for name, layer in _checked(network, vectors=1):
         weight = layer.get_base_layer().weight
         before = weight.data
@@ -69,7 +69,7 @@ def lora_ga_start(network: nn.Module, gradients: Mapping[str, Tensor], gamma: fl
     Raises:
         ConfigError: a rank above half a layer's dimensions, or a weight that another module shares.
     """
-    start = {}
+    start: dict[str, Tensor] = {}
     for name, layer in _checked(network, vectors=2):
         gradient, r = gradients[name].float(), layer.r["default"]
         u, _, v = torch.svd_lowrank(gradient, q=min(4 * r, *gradient.shape), niter=4)  # as the authors do

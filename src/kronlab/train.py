@@ -104,6 +104,8 @@ class EpochSampler(Sampler[int]):
 class KronTrainer(Trainer):
     """`transformers.Trainer` with our loss, sampler and checkpoint marker, and what the method adds (`hooks`)."""
 
+    optimizer: Any  # None until training starts
+
     def __init__(
         self, *arguments: Any, sampler: EpochSampler, objective: Objective, hooks: Hooks, **keywords: Any
     ) -> None:
@@ -117,7 +119,8 @@ class KronTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         return self._sampler
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: Any = None) -> Any:
+        """The method's own optimizer, if it has one; else the one of the recipe."""
         if self.optimizer is None:
             network = self.model if model is None else model
             kind, keywords = self.get_optimizer_cls_and_kwargs(self.args, network)

@@ -42,7 +42,7 @@ def ratio_metric(numerators: Sequence[float], denominators: Sequence[float]) -> 
     return {"value": ratio, "n": n, "stderr": error, "ci95": _interval(drawn)}
 
 
-def bootstrap_metric(statistic: Callable[..., float], *arrays: Sequence[Any]) -> dict[str, Any]:
+def bootstrap_metric(statistic: Callable[..., float], *arrays: Sequence[Any] | np.ndarray) -> dict[str, Any]:
     """`statistic(*arrays)` of paired arrays, with the standard deviation and interval of its bootstrap distribution.
 
     Percentile bootstrap over samples (Efron & Tibshirani 1993, ch. 13): 2,000 resamples with a fixed seed, so that the
