@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,10 @@ RECORD_SCHEMA = 1
 
 # Facts about a model config that change no number: where its weights lie, what one may do with them.
 _NOT_SCIENTIFIC_IN_METHOD = ("label", "path")
-_NOT_SCIENTIFIC_IN_MODEL = ("directory", "licence", "gated", "pypi", "config")
+_NOT_SCIENTIFIC_IN_MODEL = ("directory", "licence", "gated", "pypi", "config", "pretraining")
+# What the pre-training of a base model shares with the cell that asks for it: where and how it is run.
+_SHARED_WITH_PRETRAINING = ("data", "results", "runtime", "logger")
+_DEEPEST = 2  # pre-trainings behind one another: a base model may start from another one that was trained here
 
 # Settings that were added after records had been made -> the value that means what was done before they existed. A
 # setting with that value is left out of the hash, so that the older records keep their ids. `*` stands for any name.
@@ -52,12 +56,14 @@ class Cell:
         id: 12 hex digits of the hash of `science`.
         train_id: likewise of the part that determines the trained weights, so that cells which differ only in what they
             are graded on share a checkpoint.
+        pretraining: the cell whose final weights are the base model, for `model.source: cell`; else None.
     """
 
     config: dict[str, Any]
     science: dict[str, Any]
     id: str
     train_id: str
+    pretraining: Cell | None = None
 
     @property
     def scale(self) -> str:
@@ -87,6 +93,10 @@ def make_cell(config: DictConfig, *, weights_needed: bool = True) -> Cell:
         ConfigError: all faults found, one a line.
         ModelError: no weights can be found.
     """
+    return _make_cell(config, weights_needed=weights_needed, depth=0)
+
+
+def _make_cell(config: DictConfig, *, weights_needed: bool, depth: int) -> Cell:
     try:
         plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
@@ -105,13 +115,52 @@ def make_cell(config: DictConfig, *, weights_needed: bool = True) -> Cell:
             raise
         source = model.get("source") or "auto"
     model["source"] = source
-    science = _science(resolved)
+    pretraining = _pretraining(resolved, weights_needed=weights_needed, depth=depth) if source == "cell" else None
+    science = _science(resolved, pretraining)
     train_part = {key: science[key] for key in science if key != "eval"}
-    return Cell(resolved, science, digest(science), digest(train_part))
+    return Cell(resolved, science, digest(science), digest(train_part), pretraining)
 
 
-def _science(config: Mapping[str, Any]) -> dict[str, Any]:
+def _pretraining(config: Mapping[str, Any], *, weights_needed: bool, depth: int) -> Cell:
+    """The cell that makes the base model of `config`, kept where `config` keeps its own results.
+
+    Raises:
+        ConfigError: it trains no whole model, another architecture than `model.config` says, or stands behind too
+            many others.
+    """
+    model = config["model"]
+    where = f"model {model['name']}: model.pretraining"
+    if depth == _DEEPEST:
+        raise ConfigError(
+            f"{where}: more than {_DEEPEST} pre-trainings behind one another; start one from source=random"
+        )
+    overrides = model.get("pretraining")
+    if not isinstance(overrides, list) or not all(isinstance(override, str) for override in overrides):
+        raise ConfigError(f"{where}={overrides!r}: must be the list of overrides of the cell that trains it")
+    composed = copy.deepcopy(_composed(tuple(overrides)))
+    for section in _SHARED_WITH_PRETRAINING:
+        composed[section] = config[section]
+    cell = _make_cell(composed, weights_needed=weights_needed, depth=depth + 1)
+    if cell.config["method"]["name"] != "full":
+        raise ConfigError(f"{where}: trains with method={cell.config['method']['name']}; use method=full")
+    theirs = cell.config["model"]
+    for key in ("architecture", "config"):
+        if theirs[key] != model[key]:
+            raise ConfigError(f"{where}: trains a model whose {key} is not model.{key}; make them the same")
+    return cell
+
+
+@lru_cache(maxsize=8)
+def _composed(overrides: tuple[str, ...]) -> DictConfig:
+    """Hundreds of cells of a table may stand on one pre-training."""
+    return compose_config(overrides)
+
+
+def _science(config: Mapping[str, Any], pretraining: Cell | None = None) -> dict[str, Any]:
     model = {k: v for k, v in config["model"].items() if k not in _NOT_SCIENTIFIC_IN_MODEL}
+    if pretraining is not None:
+        model.pop("init_seed", None)  # of the random model that the file is made from
+        model["pretraining"] = pretraining.train_id
     if config["model"]["source"] == "random":
         model["config"] = config["model"]["config"]
     if config["model"]["source"] == "directory":

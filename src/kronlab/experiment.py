@@ -20,6 +20,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from kronlab import methods, models, moved_base, runs
 from kronlab.adapters.init import gradient_init_, layer_gradients
@@ -112,15 +113,14 @@ def _train_and_grade(cell: Cell, store: Store) -> dict[str, Any]:
     config = cell.config
     _check_architecture(config)
     precision = DTYPES[config["trainer"]["precision"]]
-    network, tokenizer = models.load(
-        config["model"], dtype=precision, source=config["model"]["source"], head=_head(config)
-    )
+    model = base_model(cell)
+    network, tokenizer = models.load(model, dtype=precision, source=model["source"], head=_head(config))
     transformers.set_seed(config["seed"])  # the adapters' initialisation; the batch order has its own generator
     network = methods.attach(network, config["model"], config["method"])
     trainable, total = models.count_parameters(network)
     fields: dict[str, Any] = {
         "parameters": {"trainable": trainable, "total": total, "adapter_bytes": _adapter_bytes(network)},
-        "weights": models.fingerprint(config["model"], config["model"]["source"]),
+        "weights": models.fingerprint(model, model["source"]),
         "train": None,
     }
     if methods.trains(config["method"]):
@@ -145,6 +145,32 @@ def _train_and_grade(cell: Cell, store: Store) -> dict[str, Any]:
     fields["eval_peak_memory_bytes"] = memory.bytes
     fields["finished"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return fields
+
+
+def base_model(cell: Cell) -> dict[str, Any]:
+    """The model section of a cell as `models.load` takes it; a base model that a cell makes is made first, once.
+
+    Its weights lie under the same results directory as everything else of the cell. An interrupted
+    pre-training goes on.
+
+    Raises:
+        ModelError: the pre-training has diverged.
+        KronlabError: it has failed.
+    """
+    model = dict(cell.config["model"])
+    if cell.pretraining is None:
+        return model
+    maker = cell.pretraining
+    store = Store(maker.config["results"]["dir"])
+    final = store.checkpoints(maker.train_id) / "final"
+    if not (final / models.TRAINING).is_file():
+        log.info("%s: its weights are made first, by %s", model["name"], maker.name)
+        # a record without its weights, as git brings it, does not help here
+        store.record_path(maker.scale, maker.id).unlink(missing_ok=True)
+        record = run_cell(maker)
+        if record["status"] != runs.DONE:
+            raise ModelError(f"model {model['name']}: its pre-training has {record['status']}: {record['error']}")
+    return model | {"source": "directory", "directory": str(final)}
 
 
 def _check_architecture(config: dict[str, Any]) -> None:
@@ -220,10 +246,10 @@ def _train(cell: Cell, store: Store, network: nn.Module, tokenizer: Any) -> dict
     config, method = cell.config, cell.config["method"]
     folder = store.checkpoints(cell.train_id)
     final = folder / "final"
-    if (final / "train.json").is_file():
+    if (final / models.TRAINING).is_file():
         log.info("taking the weights trained before (%s)", final)
         _load_weights(network, final, moved=moved_base.moves_base(method))
-        section = dict(json.loads((final / "train.json").read_text()))
+        section = dict(json.loads((final / models.TRAINING).read_text()))
     else:
         task = config["task"]
         examples = _examples(config, task, length_fn=lambda text: len(tokenizer(text)["input_ids"]))
@@ -244,7 +270,7 @@ def _train(cell: Cell, store: Store, network: nn.Module, tokenizer: Any) -> dict
             )  # fmt: skip
         _stop_logger(cell)
         section = _train_section(report, memory.bytes, fingerprint(examples), len(examples))
-        _save_weights(network, final, section, start)
+        _save_weights(network, tokenizer, final, section, start)
     target = store.folder(cell.scale, cell.id)
     target.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(folder / "loss.jsonl", target / "loss.jsonl")
@@ -311,11 +337,12 @@ def _train_section(report: TrainReport, peak: int | None, data_sha: str, example
 
 
 def _save_weights(
-    network: nn.Module, final: Path, section: dict[str, Any], start: dict[str, Tensor] | None = None
+    network: nn.Module, tokenizer: Any, final: Path, section: dict[str, Any], start: dict[str, Tensor] | None = None
 ) -> None:
     """Save what was trained; the folder appears under its name only when it is whole.
 
-    With a `start` of `kronlab.moved_base`, what is saved is for the base as it was before.
+    A fully trained network is saved with its tokenizer, so that the folder is a model like any other. With a `start` of
+    `kronlab.moved_base`, what is saved is for the base as it was before.
     """
     scratch = final.with_name("final.part")
     shutil.rmtree(scratch, ignore_errors=True)
@@ -323,7 +350,9 @@ def _save_weights(
         network.save_pretrained(scratch)  # type: ignore[operator]
     else:
         moved_base.save_as_lora(network, start, scratch)
-    (scratch / "train.json").write_text(json.dumps(section, indent=1) + "\n")
+    if isinstance(network, PreTrainedModel):
+        tokenizer.save_pretrained(scratch)
+    (scratch / models.TRAINING).write_text(json.dumps(section, indent=1) + "\n")
     shutil.rmtree(final, ignore_errors=True)
     scratch.rename(final)
 

@@ -32,7 +32,7 @@ from kronlab.errors import ConfigError, ModelError
 
 log = logging.getLogger(__name__)
 
-SOURCES = ("auto", "directory", "hub", "pypi", "random")
+SOURCES = ("auto", "directory", "hub", "pypi", "random", "cell")
 _AUTO_CLASS = {
     "causal_lm": "AutoModelForCausalLM",
     "seq2seq_lm": "AutoModelForSeq2SeqLM",
@@ -65,6 +65,7 @@ class Head:
         }
 
 
+TRAINING = "train.json"  # beside weights that a cell has trained: steps, seconds, memory
 BYTE_SPECIALS = ("<bos>", "<eos>", "<pad>", "<unk>")  # ids 256..259 of the byte tokenizer
 
 
@@ -125,7 +126,7 @@ def resolve_source(model: Mapping[str, Any]) -> str:
     if source not in SOURCES:
         raise ConfigError(f"model.source={source!r} is not known; use one of {', '.join(SOURCES)}")
     directory = model.get("directory")
-    if source == "random":
+    if source in ("random", "cell"):  # neither needs anything that could be missing: a cell can be run
         return source
     if source == "directory" or (source == "auto" and directory):
         if not directory or not (Path(directory) / "config.json").is_file():
@@ -166,7 +167,7 @@ def fingerprint(model: Mapping[str, Any], source: str) -> str:
 
 
 def directory_mark(directory: str) -> str:
-    """A content mark of the weights in a directory.
+    """A content mark of the weights in a directory; what training them took (`TRAINING`) is no part of it.
 
     Raises:
         ModelError: there is no such directory.
@@ -175,7 +176,7 @@ def directory_mark(directory: str) -> str:
         raise ModelError(f"{directory!r} is no directory; give the folder that the weights lie in")
     digest = hashlib.sha256()
     for file in sorted(Path(directory).iterdir()):
-        if file.suffix in {".json", ".safetensors", ".gguf"}:
+        if file.suffix in {".json", ".safetensors", ".gguf"} and file.name != TRAINING:
             digest.update(f"{file.name} {file.stat().st_size}\n".encode())
             with file.open(
                 "rb"
@@ -246,6 +247,11 @@ def load(
         head: for `architecture: sequence_classification`, what the head predicts; None: the checkpoint's own.
     """
     source = source or resolve_source(model)
+    if source == "cell":
+        raise ModelError(
+            f"model {model['name']} is pre-trained by a cell: run `python scripts/train.py model={model['name']}` "
+            "once, then give model.source=directory model.directory=<results>/checkpoints/<train_id of its pre-training>/final"
+        )
     if source == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(model.get("init_seed", 0)))

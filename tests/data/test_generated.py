@@ -54,7 +54,7 @@ def test_train_and_test_share_no_question(source: dict[str, Any], seed: int) -> 
 def test_pool_questions_do_turn_up_in_the_train_stream_and_are_dropped() -> None:
     """Else the test above would pass without any filter."""
     task = loader._Task(CHAIN_SUM)
-    pool = {row["question"] for row in task.test_pool()}
+    pool = {row["question"] for row in task.pool("test")}
     raw = [row["question"] for row in task.distinct(loader._TRAIN_BASE, 400, frozenset(), "train")]
     assert set(raw) & pool
     assert not {q for q in raw if q in pool} & {e.prompt[3:-4] for e in load(CHAIN_SUM, "train", 400)}

@@ -21,6 +21,7 @@ from kronlab.data import (
     math,
     mbpp,
     metamathqa,
+    mixture,
     reasoning_gym,
 )
 from kronlab.data.common import Example, LengthFn, check_n, did_you_mean, fingerprint
@@ -40,6 +41,7 @@ LOADERS = {
     "humaneval": humaneval,
     "mbpp": mbpp,
     "codefeedback": codefeedback,
+    "mixture": mixture,
 }
 """Source name -> module with ``load`` and ``probe``, which `load_examples` and `available` call."""
 
@@ -57,7 +59,7 @@ def load_examples(
 
     Args:
         source: config section with ``name`` and that loader's settings.
-        split: "train" or "test".
+        split: "train" or "test"; generated tasks with a ``validation_seed`` have "validation" too.
         n: how many; a smaller n gives a prefix of a larger one.
         seed: chooses (or generates) the train examples; test examples do not depend on it.
         data_dir: folder of local datasets, which win over the hub; None to use the hub only.

@@ -9,6 +9,8 @@ Settings:
     strip_instructions: regular expressions cut out of each question, e.g. ``Give the result as .*``.
     test_seed, test_pool: the test set is the first n of ``test_pool`` (500) distinct questions generated from
         ``test_seed`` (20_000_003).
+    validation_seed: makes a split ``validation`` of as many questions, none of which is in the test pool or in
+        train; without it there is no such split.
 
 Train and test share no question, whatever n and seed are: the pool depends on neither, and every question of
 the pool is dropped from train, which is refilled to exactly n distinct ones. Nor do two train seeds share
@@ -34,7 +36,10 @@ from kronlab.data.common import TEST_SEED, Example, LengthFn, Template
 from kronlab.errors import ConfigError, DataError
 
 TEST_POOL: Final = 500
-_KEYS = ("dataset", "params", "prompt", "completion", "strip_instructions", "test_seed", "test_pool")
+_KEYS = (
+    *("dataset", "params", "prompt", "completion", "strip_instructions"),
+    *("test_seed", "test_pool", "validation_seed"),
+)
 
 # Generator seeds, all below 2**32 (numpy's limit): test in [0, 2**30), train in [2**30, 2**30 + 2**31 +
 # draws).
@@ -57,31 +62,32 @@ def load(
     data_dir: str | None = None,
     length_fn: LengthFn | None = None,
 ) -> list[Example]:
-    """``n`` generated examples with distinct questions; ``n=None`` is the whole pool for test, an error for
-    train.
+    """``n`` generated examples with distinct questions; ``n=None`` is the whole pool for test and validation, an
+    error for train.
 
     Raises:
         ConfigError: unknown task, parameter, template field or split; n larger than the test pool; train
         without n. DataError: the task has too few distinct questions; the message says how many it gave.
     """
     task = _Task(source)
-    common.check_split(task.name, split, ("train", "test"))
-    pool = task.test_pool()
-    if split == "test":
+    common.check_split(task.name, split, task.splits)
+    if split != "train":
+        pool = task.pool(split)
         if n is not None and n > len(pool):
-            raise ConfigError(f"{task.name}: n={n} test questions asked of a pool of {len(pool)}: raise test_pool")
+            raise ConfigError(f"{task.name}: n={n} {split} questions asked of a pool of {len(pool)}: raise test_pool")
         return [task.example(split, i, row) for i, row in enumerate(pool[:n])]
     if n is None:
         raise ConfigError(f"{task.name}: generated data has no end: set how many train examples to make (data.n_train)")
     base = _TRAIN_BASE + seed * _TRAIN_STRIDE % _TRAIN_SPAN
-    rows = task.distinct(base, n, {_key(row["question"]) for row in pool}, split)
+    held_out = {_key(row["question"]) for held in task.splits[1:] for row in task.pool(held)}
+    rows = task.distinct(base, n, held_out, split)
     return [task.example(split, i, row) for i, row in enumerate(rows)]
 
 
 def probe(source: Mapping[str, Any], split: str, data_dir: str | None) -> tuple[bool, str]:
     """See `kronlab.data.available`: generated data needs no file."""
     task = _Task(source)
-    common.check_split(task.name, split, ("train", "test"))
+    common.check_split(task.name, split, task.splits)
     return True, f"{task.name}: generated"
 
 
@@ -139,15 +145,23 @@ class _Task:
             self.strip = tuple(re.compile(p) for p in source.get("strip_instructions") or ())
         except re.error as e:
             raise ConfigError(f"{self.name}: strip_instructions: {e.pattern!r} is no regular expression: {e}") from None
-        self.test_seed = int(source.get("test_seed", TEST_SEED))
+        self.pool_seeds = {"test": int(source.get("test_seed", TEST_SEED))}
+        if source.get("validation_seed") is not None:
+            self.pool_seeds["validation"] = int(source["validation_seed"])
+        self.splits = ("train", *self.pool_seeds)
         self.pool_size = int(source.get("test_pool", TEST_POOL))
-        if not 0 <= self.test_seed < _TRAIN_BASE - _TRAIN_STRIDE:
-            raise ConfigError(f"{self.name}: test_seed={self.test_seed} must be in [0, {_TRAIN_BASE - _TRAIN_STRIDE})")
+        for split, pool_seed in self.pool_seeds.items():
+            if not 0 <= pool_seed < _TRAIN_BASE - _TRAIN_STRIDE:
+                raise ConfigError(
+                    f"{self.name}: {split}_seed={pool_seed} must be in [0, {_TRAIN_BASE - _TRAIN_STRIDE})"
+                )
         if self.pool_size < 1:
             raise ConfigError(f"{self.name}: test_pool={self.pool_size} must be at least 1")
 
-    def test_pool(self) -> list[dict[str, Any]]:
-        return self.distinct(self.test_seed, self.pool_size, frozenset(), "test")
+    def pool(self, split: str) -> list[dict[str, Any]]:
+        """The rows of ``test``, or those of ``validation``, which has none of test's questions."""
+        taken = {_key(row["question"]) for row in self.pool("test")} if split == "validation" else frozenset()
+        return self.distinct(self.pool_seeds[split], self.pool_size, taken, split)
 
     def distinct(self, base: int, n: int, taken: Set[str], split: str) -> list[dict[str, Any]]:
         """The first ``n`` rows drawn from ``base`` whose question is new and not in ``taken``."""
