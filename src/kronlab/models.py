@@ -250,7 +250,7 @@ def load(
     if source == "cell":
         raise ModelError(
             f"model {model['name']} is pre-trained by a cell: run `python scripts/train.py model={model['name']}` "
-            "once, then give model.source=directory model.directory=<results>/checkpoints/<train_id of its pre-training>/final"
+            "once, then give model.source=directory model.directory=<results>/checkpoints/<its train_id>/final"
         )
     if source == "random":
         with torch.random.fork_rng(devices=[]):

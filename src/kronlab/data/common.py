@@ -18,6 +18,8 @@ from kronlab.errors import ConfigError, DataError
 
 TEST_SEED: Final = 20_000_003
 """Seed of every test set, unless its source sets test_seed: fixed, so that all runs meet the same items."""
+VALIDATION_SEED: Final = 20_000_017
+"""Chooses the training rows that ``validation_rows`` keeps back: fixed, so that no run trains on them."""
 DEFAULT_PROMPT: Final = "Q: {question}\nA: "
 HUB_TIMEOUT_S: Final = 10.0
 HUB_KEYS: Final = ("hub", "hub_config", "hub_revision")
@@ -159,22 +161,46 @@ def subset(source: Mapping[str, Any], count: int, *, split: str, n: int | None, 
     method and seed is graded on the same items. Either way a smaller n is a prefix of a larger one.
     ``n=None`` takes every row in the same order.
 
+    Validation: the ``validation_rows`` rows that are kept back from train, chosen by a fixed seed out of the training
+    rows, so ``count`` is theirs; without that setting there are none.
+
     Raises:
         ConfigError: if ``n`` is more than the split has.
     """
     mode = choose(source, "subset", ("seeded", "first"))
-    if n is not None and n > count:
-        raise ConfigError(
-            f"data source {source.get('name')!r}: n={n} asked of split {split!r}, which has {count}: "
-            "lower n, or set it to null for all"
-        )
+    size = int(source.get("validation_rows") or 0)
+    kept_back = seeded_order(count, VALIDATION_SEED)[:size] if split != "test" else []
     if split == "test":
         order = seeded_order(count, int(source.get("test_seed", TEST_SEED)))
-    elif mode == "first":
-        order = list(range(count))
+    elif split == "validation" and size:
+        order = kept_back
     else:
-        order = seeded_order(count, seed)
+        order = list(range(count)) if mode == "first" else seeded_order(count, seed)
+        held = set(kept_back)
+        order = [i for i in order if i not in held]
+    if n is not None and n > len(order):
+        raise ConfigError(
+            f"data source {source.get('name')!r}: n={n} asked of split {split!r}, which has {len(order)}: "
+            "lower n, or set it to null for all"
+        )
     return order[:n]
+
+
+def rows_split(source: Mapping[str, Any], split: str) -> str:
+    """The split whose rows hold ``split``: those of validation are training rows.
+
+    Raises:
+        ConfigError: validation is asked for, and no ``validation_rows`` are kept back.
+    """
+    if split != "validation":
+        return split
+    kept_back = source.get("validation_rows")
+    if isinstance(kept_back, bool) or not isinstance(kept_back, int) or kept_back < 1:
+        raise ConfigError(
+            f"data source {source.get('name')!r}: split 'validation' with validation_rows={kept_back!r}; "
+            "say there how many training rows to keep back"
+        )
+    return "train"
 
 
 # ---- local files ----

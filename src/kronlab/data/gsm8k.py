@@ -8,7 +8,8 @@ Settings:
     prompt, completion: templates, by default ``Q: {question}\\nA: `` and ``{answer}``. Fields: question,
         answer, solution (the answer without its last line), gold.
     calculator_annotations: true keeps the ``<<48/2=24>>`` annotations; they are taken out by default.
-    subset (seeded | first), test_seed: see `kronlab.data.common.subset`.
+    subset (seeded | first), test_seed, validation_rows (makes a split ``validation`` out of so many rows of
+        train): see `kronlab.data.common.subset`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from kronlab.data import common
 from kronlab.data.common import Example, LengthFn, Template
 from kronlab.errors import DataError
 
-_KEYS = (*common.HUB_KEYS, "prompt", "completion", "calculator_annotations", "subset", "test_seed")
+_KEYS = (*common.HUB_KEYS, "prompt", "completion", "calculator_annotations", "subset", "test_seed", "validation_rows")
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
 
 
@@ -40,11 +41,12 @@ def load(
         DataError: an answer without exactly one ``####``, or what `common.Place.rows` raises.
     """
     prompt, completion = _templates(source)
+    held_by = common.rows_split(source, split)
     rows = _place(source, split).rows(data_dir, {"question": str, "answer": str})
     examples = []
     for i in common.subset(source, len(rows), split=split, n=n, seed=seed):
-        fields = _fields(rows[i], f"gsm8k/{split} row {i}", bool(source.get("calculator_annotations", False)))
-        examples.append(Example(f"gsm8k/{split}/{i}", prompt(fields), completion(fields), fields["gold"]))
+        fields = _fields(rows[i], f"gsm8k/{held_by} row {i}", bool(source.get("calculator_annotations", False)))
+        examples.append(Example(f"gsm8k/{held_by}/{i}", prompt(fields), completion(fields), fields["gold"]))
     return examples
 
 
@@ -55,6 +57,7 @@ def probe(source: Mapping[str, Any], split: str, data_dir: str | None) -> tuple[
 
 
 def _place(source: Mapping[str, Any], split: str) -> common.Place:
+    split = common.rows_split(source, split)
     common.check_split("gsm8k", split, ("train", "test"))
     return common.Place.of(source, split, (f"gsm8k/{split}.jsonl",), "openai/gsm8k", "main")
 

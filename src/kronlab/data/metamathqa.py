@@ -18,18 +18,22 @@ Settings:
         together.
     subset (seeded | first): see `kronlab.data.common.subset`; ``subset=first`` with n rows is the recipe
         stopped at n.
+    validation_rows: keeps so many GSM rows of the file back from train, as a split ``validation``: chosen by a fixed
+        seed, whatever their length, and learned by no run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from kronlab.data import common
 from kronlab.data.common import Example, LengthFn, Template
+from kronlab.errors import ConfigError
 
 SHUFFLE_SEED: Final = 42  # the authors' own
-_KEYS = (*common.HUB_KEYS, "prompt", "completion", "shuffle", "rows", "max_tokens", "subset")
+_KEYS = (*common.HUB_KEYS, "prompt", "completion", "shuffle", "rows", "max_tokens", "subset", "validation_rows")
 _TAIL = "\nThe answer is:"
 
 
@@ -49,7 +53,7 @@ def load(
     example's id is its row in the file, whatever the shuffle.
 
     Raises:
-        ConfigError: a split other than train, or ``n`` larger than the recipe's set.
+        ConfigError: a split other than train and validation, or ``n`` larger than there is.
         DataError: as `common.Place.rows`.
     """
     common.check_keys(source, _KEYS)
@@ -58,21 +62,31 @@ def load(
     wanted = int(source.get("rows", 100_000))
     max_tokens = int(source.get("max_tokens", 512))
     rows = _place(source, split).rows(data_dir, {"query": str, "response": str, "type": str})
+    held = _kept_back(source, rows)
 
+    def example(i: int) -> Example:
+        fields = _fields(rows[i])
+        meta = {"type": rows[i]["type"]}
+        return Example(f"metamathqa/train/{i}", prompt(fields), completion(fields), fields["gold"], meta)
+
+    if split == "validation":
+        if n is not None and n > len(held):
+            raise ConfigError(f"data source 'metamathqa': n={n} asked of split 'validation', which has {len(held)}")
+        return [example(i) for i in held[:n]]
     if n is not None and common.choose(source, "subset", ("seeded", "first")) == "first":
         wanted = min(wanted, n)  # no need to go on: the first n of the set are the first n found
     chosen: list[Example] = []
+    unseen = set(held)
     for i in _order(source, len(rows)):
         if len(chosen) == wanted:
             break
-        if "GSM" not in rows[i]["type"]:
+        if "GSM" not in rows[i]["type"] or i in unseen:
             continue
-        fields = _fields(rows[i])
-        text, learned = prompt(fields), completion(fields)
-        if length_fn is None or length_fn(text + learned) <= max_tokens:
-            meta = {"type": rows[i]["type"]}
-            chosen.append(Example(f"metamathqa/train/{i}", text, learned, fields["gold"], meta))
-    return [chosen[j] for j in common.subset(source, len(chosen), split="train", n=n, seed=seed)]
+        found = example(i)
+        if length_fn is None or length_fn(found.prompt + found.completion) <= max_tokens:
+            chosen.append(found)
+    rest = {key: value for key, value in source.items() if key != "validation_rows"}  # they are out already
+    return [chosen[j] for j in common.subset(rest, len(chosen), split="train", n=n, seed=seed)]
 
 
 def probe(source: Mapping[str, Any], split: str, data_dir: str | None) -> tuple[bool, str]:
@@ -82,9 +96,18 @@ def probe(source: Mapping[str, Any], split: str, data_dir: str | None) -> tuple[
 
 
 def _place(source: Mapping[str, Any], split: str) -> common.Place:
+    split = common.rows_split(source, split)
     common.check_split("metamathqa", split, ("train",), "; grade on gsm8k or math instead")
     files = ("metamathqa/train.jsonl", "metamathqa/*.jsonl", "metamathqa/*.json")
     return common.Place.of(source, split, files, "meta-math/MetaMathQA")
+
+
+def _kept_back(source: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The rows of ``validation``; none without the setting."""
+    if not source.get("validation_rows"):
+        return []
+    gsm = (i for i in common.seeded_order(len(rows), common.VALIDATION_SEED) if "GSM" in rows[i]["type"])
+    return list(itertools.islice(gsm, int(source["validation_rows"])))
 
 
 def _order(source: Mapping[str, Any], count: int) -> Iterable[int]:
