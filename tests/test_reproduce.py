@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 from kronlab.cell import CONFIG_DIR, compose_config, digest
 from kronlab.errors import ConfigError, KronlabError
-from kronlab.reproduce import MAKERS, choose_scale, plan, reproduce
+from kronlab.reproduce import MAKERS, choose_scale, load_rows, plan, reproduce
 
 ROOT = Path(__file__).resolve().parents[1]
 QUIET = ["runtime.progress=false", "runtime.threads=1"]
@@ -175,7 +175,7 @@ def test_an_eval_without_data_is_left_out_and_said_so(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     with caplog.at_level(logging.INFO):
-        rows, notes = plan(spec(), "mini", overrides=[], weights_needed=False)
+        rows, notes = plan(spec(), "mini", weights_needed=False)
         reproduce(spec(), scale="mini", results_dir=str(tmp_path), dry_run=True)
     assert [row.key for row in rows] == KEYS
     assert all(list(cell.config["eval"]) == ["chain_sum"] for row in rows for cell in row.cells)
@@ -227,30 +227,140 @@ def test_render_only_finds_records_that_were_graded_where_the_data_was(
 def test_the_base_model_is_one_cell_whatever_the_seeds() -> None:
     several = spec()
     several["scales"]["smoke"]["seeds"] = [0, 1, 2]
-    rows, _ = plan(several, "smoke", overrides=[], weights_needed=False)
+    rows, _ = plan(several, "smoke", weights_needed=False)
     assert {row.key: len(row.cells) for row in rows} == dict.fromkeys(KEYS, 3) | {"base": 1}
 
 
 @pytest.mark.parametrize("path", sorted((CONFIG_DIR / "table").glob("*.yaml")), ids=lambda p: p.stem)
-def test_every_scale_of_every_table_can_be_planned(path: Path) -> None:
+def test_every_table_says_what_it_must(path: Path) -> None:
     table = spec(path.stem)
     assert table["name"] == path.stem
     assert table["baseline"] in table["rows"]
     assert table.get("kind", "cells") in MAKERS
     if table.get("kind", "cells") != "cells":
         return  # the other kinds have tests of their own
-    for scale, layout in table["scales"].items():
-        rows, _ = plan(table, scale, overrides=[], weights_needed=False, every_eval=True)
-        assert [row.key for row in rows] == layout["rows"]
-        assert len({cell.id for row in rows for cell in row.cells}) == sum(len(row.cells) for row in rows), (
-            "two rows are the same experiment"
-        )
-        for column in layout["columns"]:
-            assert all(column["eval"] in cell.config["eval"] for row in rows for cell in row.cells)
-        for row in rows:
-            if row.published is not None:
-                assert row.published["source"], "a published number says where it was read"
-                assert row.published["confidence"] in ("H", "M", "C")
+    by_group = [row for rows in table.get("published_by_group", {}).values() for row in rows.values()]
+    for numbers in [*(row.get("published", {}) for row in table["rows"].values()), *by_group]:
+        for said in numbers.values():
+            assert set(said) == {"value", "source", "confidence"}, "a published number says where it was read"
+            assert said["source"]
+            assert said["confidence"] in ("H", "M", "C")
+
+
+@pytest.mark.parametrize("scale", ["smoke", "mini", "small", "paper"])
+def test_every_scale_of_table2_can_be_planned(scale: str) -> None:
+    table = spec()
+    rows, notes = plan(table, scale, weights_needed=False, every_eval=True)
+    assert notes == []
+    assert [row.key for row in rows] == table["scales"][scale]["rows"]
+    assert len({cell.id for row in rows for cell in row.cells}) == sum(len(row.cells) for row in rows), (
+        "two rows are the same experiment"
+    )
+    for column in table["scales"][scale]["columns"]:
+        assert all(column["eval"] in cell.config["eval"] for row in rows for cell in row.cells)
+
+
+# ---- groups and arms ----
+
+
+def several() -> dict[str, Any]:
+    """Two models, each with two rows trained on two tasks with two seeds; every part of the format at once."""
+    made = spec()
+    made["published_by_group"] = {"LLaMA": {"lora": {"gsm8k": {"value": 1.0, "source": "here", "confidence": "H"}}}}
+    made["scales"]["smoke"] |= {
+        "rows": ["base", "lora"],
+        "seeds": [0, 1],
+        "common": ["trainer.max_steps=1", "trainer.lr=1e-5", "task.n=8"],
+        "groups": {"LLaMA": ["model=tiny_llama", "task.n=9"], "Mistral": ["model=tiny_mistral"]},
+        "arms": {"sums": ["task=chain_sum", "eval_n=2"], "words": ["task=gsm_symbolic", "eval_n=2", "trainer.lr=1e-4"]},
+        "row_overrides": {"lora": ["trainer.warmup_ratio=0.5"]},
+        "columns": [
+            {"eval": "chain_sum", "metric": "nll_per_token", "title": "sums"},
+            {"eval": "gsm_symbolic", "metric": "nll_per_token", "title": "words"},
+        ],
+    }
+    made["rows"]["lora"]["overrides"].append("method.alpha=3")
+    return made
+
+
+def test_every_row_has_a_cell_for_each_arm_and_seed_in_every_group() -> None:
+    rows, _ = plan(several(), "smoke", overrides=["eval_n=3"], weights_needed=False)
+    assert [(row.key, row.group, row.name) for row in rows] == [
+        ("LLaMA/base", "LLaMA", "LLaMA, base model"),
+        ("LLaMA/lora", "LLaMA", "LLaMA, LoRA r=8"),
+        ("Mistral/base", "Mistral", "Mistral, base model"),
+        ("Mistral/lora", "Mistral", "Mistral, LoRA r=8"),
+    ]
+    assert [part.place for part in rows[0].parts] == ["sums", "words"], "the base model has no seed"
+    assert [part.place for part in rows[1].parts] == ["sums, seed 0", "sums, seed 1", "words, seed 0", "words, seed 1"]
+    for row in rows:
+        for part in row.parts:
+            config = part.cell.config
+            assert config["model"]["name"] == {"LLaMA": "tiny_llama", "Mistral": "tiny_mistral"}[row.group]
+            assert list(config["eval"]) == [{"sums": "chain_sum", "words": "gsm_symbolic"}[part.arm]]
+            assert config["task"]["n"] == {"LLaMA": 9, "Mistral": 8}[row.group], "a group wins over what is common"
+            assert config["trainer"]["lr"] == {"sums": 1e-5, "words": 1e-4}[part.arm], "so does an arm"
+            assert config["seed"] == part.seed
+            assert next(iter(config["eval"].values()))["n"] == 3, "what is typed wins over all"
+    for part in rows[1].parts:
+        assert (part.cell.config["method"]["alpha"], part.cell.config["trainer"]["warmup_ratio"]) == (3, 0.5)
+
+
+def test_published_numbers_come_from_the_row_and_from_its_group() -> None:
+    rows, _ = plan(several(), "smoke", weights_needed=False)
+    published = {row.key: {key: said["value"] for key, said in row.published.items()} for row in rows}
+    assert published == {
+        "LLaMA/base": {},
+        "LLaMA/lora": {"gsm8k": 1.0},
+        "Mistral/base": {},
+        "Mistral/lora": {"gsm8k": 42.08},
+    }
+
+
+def test_a_partial_table_names_row_arm_and_seed_of_what_is_missing(tmp_path: Path) -> None:
+    table = several()
+    table["scales"]["smoke"]["groups"] = {"LLaMA": ["model=tiny_llama"]}
+    short = ["eval.gsm_symbolic.generation.max_new_tokens=1"]
+    table["scales"]["smoke"]["arms"]["words"] += short
+    reproduce(table, scale="smoke", results_dir=str(tmp_path), extra=QUIET)
+    rows, _ = plan(table, "smoke", weights_needed=False)
+    for part in (rows[1].parts[1], rows[1].parts[2]):
+        (tmp_path / "runs" / "smoke" / f"{part.cell.id}.json").unlink()
+    made = reproduce(table, scale="smoke", results_dir=str(tmp_path), render_only=True)
+    assert made is not None
+    assert "Cells not run yet: LLaMA, LoRA r=8 (sums, seed 1; words, seed 0)." in made.notes
+    read = load_rows(table, "smoke", tmp_path)
+    assert [(row.key, row.group) for row in read] == [("LLaMA/base", "LLaMA"), ("LLaMA/lora", "LLaMA")]
+    assert [found is not None for found in read[1].records] == [True, False, False, True]
+    assert read[1].published["gsm8k"]["value"] == 1.0
+
+
+def test_load_rows_reads_what_is_there_and_asks_nobody(
+    made: tuple[Path, subprocess.CompletedProcess[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results, _ = made
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("data were asked for")
+
+    monkeypatch.setattr("kronlab.layout.available", never)
+    rows = load_rows(spec(), "smoke", results)
+    assert [row.key for row in rows] == KEYS
+    for row, planned in zip(rows, plan(spec(), "smoke", weights_needed=False)[0], strict=True):
+        assert [found["id"] for found in row.records if found] == [cell.id for cell in planned.cells]
+    assert all(found is None for row in load_rows(spec(), "mini", results) for found in row.records)
+    with pytest.raises(ConfigError, match=r"table9 is made of no cells \(kind=bench\)"):
+        load_rows(spec("table9"), "smoke", results)
+
+
+def test_a_wrong_override_names_table_and_row() -> None:
+    wrong = spec()
+    wrong["rows"]["lora"]["overrides"].append("method.rank=3")
+    with pytest.raises(ConfigError, match=r"table2, row lora: method\.rank: unknown key"):
+        plan(wrong, "smoke", weights_needed=False)
+    wrong["scales"]["smoke"]["rows"] = ["nowhere"]
+    with pytest.raises(ConfigError, match="table2 has no row 'nowhere'; it has base, full"):
+        plan(wrong, "smoke", weights_needed=False)
 
 
 def test_choose_scale_says_what_it_picks(caplog: pytest.LogCaptureFixture) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -247,12 +249,27 @@ def with_budget(model: Mapping[str, Any], method: Mapping[str, Any]) -> dict[str
     budget = method.get("budget")
     if budget is None:
         return dict(method)
-    best = designs(model, method, budget)[0]
-    resolved = {**method, **best.components, "budget": None}
+    return {**method, **_best_components(_canonical(model), _canonical(method)), "budget": None}
+
+
+@lru_cache(maxsize=128)
+def _best_components(model: str, method: str) -> dict[str, int]:
+    """Sizes of the best design; kept, because the hundreds of cells of a table share a few models and methods."""
+    settings = json.loads(method)
+    best = designs(json.loads(model), settings, settings["budget"])[0]
+    named = label({**settings, **best.components})
     log.info(
-        "budget %s: %s, %s parameters, %.1f %% of it", budget, label(resolved), f"{best.parameters:,}", 100 * best.share
+        "budget %s: %s, %s parameters, %.1f %% of it",
+        settings["budget"],
+        named,
+        f"{best.parameters:,}",
+        100 * best.share,
     )
-    return resolved
+    return dict(best.components)
+
+
+def _canonical(settings: Mapping[str, Any]) -> str:
+    return json.dumps(settings, sort_keys=True)
 
 
 def label(method: Mapping[str, Any]) -> str:

@@ -14,26 +14,16 @@ from typing import Any
 
 import torch
 
-from kronlab.cell import SCALES, Cell, compose_config, make_cell
-from kronlab.data import available
+from kronlab.cell import SCALES, Cell
 from kronlab.errors import ConfigError, KronlabError
 from kronlab.experiment import run_cell
-from kronlab.methods import label
+from kronlab.layout import Find, Part, PlannedRow, Unavailable, Unrecorded, layout_of, plan
 from kronlab.report.tables import RowResult, Table, build
 from kronlab.runs import Store
+from kronlab.tuning import rule
 
 log = logging.getLogger(__name__)
 _PAPER_GPU_BYTES = 40 * 10**9
-
-
-@dataclass(frozen=True)
-class PlannedRow:
-    """A row of a table with one cell for each seed."""
-
-    key: str
-    label: str
-    cells: Sequence[Cell]
-    published: Mapping[str, Any] | None
 
 
 def choose_scale(asked: str | None, *, among: Collection[str] = SCALES) -> str:
@@ -47,54 +37,6 @@ def choose_scale(asked: str | None, *, among: Collection[str] = SCALES) -> str:
     found = f"a GPU with {memory / 1e9:.0f} GB" if memory else "no GPU"
     log.info("SCALE=%s chosen (%s found); choose yourself with SCALE=smoke|mini|small|paper", scale, found)
     return scale
-
-
-def plan(
-    spec: Mapping[str, Any],
-    scale: str,
-    *,
-    overrides: Sequence[str],
-    weights_needed: bool,
-    every_eval: bool = False,
-) -> tuple[list[PlannedRow], list[str]]:
-    """All cells of a table, and notes on what was left out because its data cannot be had.
-
-    Args:
-        weights_needed: as in `make_cell`.
-        every_eval: leave nothing out, whether its data can be had or not.
-    """
-    if scale not in spec["scales"]:
-        raise ConfigError(f"{spec['name']} has no scale {scale!r}; it has {', '.join(spec['scales'])}")
-    layout = spec["scales"][scale]
-    notes, dropped = [], []
-    for name in layout.get("optional_evals", []) if not every_eval else []:
-        config = compose_config([f"scale={scale}", *layout["common"], *overrides])
-        section = config["eval"][name]
-        ok, why = available(section["source"], section["split"], config["data"]["dir"])
-        if not ok:
-            dropped.append(name)
-            notes.append(f"{name} is left out: {why}")
-            log.info("%s is left out: %s", name, why)
-    rows = []
-    for key in layout["rows"]:
-        row = spec["rows"][key]
-        cells: dict[str, Cell] = {}
-        for seed in layout["seeds"]:
-            chosen = [f"scale={scale}", *layout["common"], *row["overrides"], f"seed={seed}"]
-            chosen += [
-                *layout.get("row_overrides", {}).get(key, []),
-                *overrides,
-                *[f"~eval.{name}" for name in dropped],
-            ]
-            cell = make_cell(compose_config(chosen), weights_needed=weights_needed)
-            cells[cell.id] = cell  # the base model is one cell for all seeds
-        first = next(iter(cells.values()))
-        rows.append(PlannedRow(key, label(first.config["method"]), list(cells.values()), row.get("published")))
-    return rows, notes
-
-
-def _done(store: Store, rows: Sequence[PlannedRow], reuse: str) -> int:
-    return sum(store.is_done(cell.scale, cell.id, reuse=reuse) for row in rows for cell in row.cells)
 
 
 @dataclass(frozen=True)
@@ -124,50 +66,166 @@ def reproduce(spec: Mapping[str, Any], *, scale: str | None, **request: Any) -> 
         KronlabError: the table cannot be made; after it is written, if a part of it failed.
     """
     scale = choose_scale(scale, among=spec["scales"])
-    if scale not in spec["scales"]:
-        raise ConfigError(f"{spec['name']} has no scale {scale!r}; it has {', '.join(spec['scales'])}")
+    layout_of(spec, scale)
     kind = spec.get("kind", "cells")
     if kind not in MAKERS:
         raise ConfigError(f"{spec['name']}: kind={kind!r} is not known; use one of {', '.join(MAKERS)}")
     return MAKERS[kind](spec, scale, Request(**request))
 
 
+def load_rows(spec: Mapping[str, Any], scale: str, results_dir: str | Path) -> list[RowResult]:
+    """The rows of a table of cells with the records that are there, whoever made them.
+
+    Needs neither weights nor data nor a network. Cells that were not run, and all cells of a row whose tuning is
+    incomplete, are None.
+
+    Raises:
+        ConfigError: the table is not made of cells, or has no such scale.
+    """
+    kind = spec.get("kind", "cells")
+    if kind != "cells":
+        raise ConfigError(f"{spec['name']} is made of no cells (kind={kind}): it has no rows of records")
+    store = Store(results_dir)
+    return _results(_recorded_rows(spec, scale, store, [])[0], store)
+
+
+def _recorded_rows(
+    spec: Mapping[str, Any], scale: str, store: Store, overrides: Sequence[str]
+) -> tuple[list[PlannedRow], list[str]]:
+    """The plan that fits the records."""
+    return plan(
+        spec,
+        scale,
+        overrides=overrides,
+        weights_needed=False,
+        leave_out=Unrecorded(store, scale),
+        find=_finder(store, "any"),
+    )
+
+
+def _finder(store: Store, reuse: str) -> Find:
+    """The record of a cell that need not be run."""
+
+    def find(cell: Cell) -> Mapping[str, Any] | None:
+        return store.read(cell.scale, cell.id) if store.is_done(cell.scale, cell.id, reuse=reuse) else None
+
+    return find
+
+
+def _results(rows: Sequence[PlannedRow], store: Store) -> list[RowResult]:
+    def records(row: PlannedRow) -> list[dict[str, Any] | None]:
+        return [None if row.awaits else store.read(cell.scale, cell.id) for cell in row.cells]
+
+    return [RowResult(row.key, row.label, records(row), row.published, row.group) for row in rows]
+
+
 def _from_cells(spec: Mapping[str, Any], scale: str, request: Request) -> Table | None:
-    """A cell that fails does not stop the others; it is told after the table is written."""
+    """A cell that fails does not stop the others; it is told after the table is written.
+
+    Where a setting is tuned, the trials of every row come first; then the table is planned anew with what they decided.
+    """
+    store = Store(request.results_dir)
     overrides = [f"results.dir={json.dumps(str(request.results_dir))}", f"force={str(request.force).lower()}"]
     overrides += [f"results.reuse={request.reuse}", *request.extra]
-    offline = request.dry_run or request.render_only
-    rows, notes = plan(spec, scale, overrides=overrides, weights_needed=not offline)
-    store = Store(request.results_dir)
-    if request.render_only and notes:  # records that were made where the data was at hand can be tabled without it
-        complete, _ = plan(spec, scale, overrides=overrides, weights_needed=False, every_eval=True)
-        if _done(store, complete, "any") > _done(store, rows, "any"):
-            rows, notes = complete, []
-    cells = [cell for row in rows for cell in row.cells]
-    done = _done(store, rows, request.reuse)
-    log.info("%s at scale %s: %d cells, %d done", spec["name"], scale, len(cells), done)
+    find = _finder(store, request.reuse)
+    leave_out = Unavailable()
+
+    def planned(find: Find) -> tuple[list[PlannedRow], list[str]]:
+        needed = not request.dry_run
+        return plan(spec, scale, overrides=overrides, weights_needed=needed, leave_out=leave_out, find=find)
+
+    failed: list[str] = []
+    if request.render_only:
+        rows, notes = _recorded_rows(spec, scale, store, overrides)
+    else:
+        again = request.force and not request.dry_run
+        rows, notes = planned((lambda cell: None) if again else find)
+    for note in notes:
+        log.info("%s", note)
+    log.info("%s at scale %s: %s", spec["name"], scale, _summary(rows, find))
     if request.dry_run:
-        for cell in cells:
-            state = "done   " if store.is_done(cell.scale, cell.id, reuse=request.reuse) else "missing"
-            log.info("  %s %s  %s", state, cell.id, cell.name)
+        _list(rows, find)
         return None
-    failed = []
-    for number, cell in enumerate(cells if not request.render_only else [], start=1):
-        log.info("[%d/%d]", number, len(cells))
-        try:
-            run_cell(cell)
-        except Exception as error:  # whatever it is, run_cell has kept it in the record, and the other cells can go on
-            reason = " ".join(str(error).split()) or type(error).__name__
-            failed.append(f"{cell.name}: {reason}")
-            log.error("failed, going on with the next: %s", reason)
-    finished = [RowResult(r.key, r.label, [store.read(c.scale, c.id) for c in r.cells], r.published) for r in rows]
-    table = build(spec, scale, finished, extra_notes=notes)
+    if not request.render_only:
+        trials = [part for row in rows if row.awaits for part in row.trials]
+        total = len(trials) + sum(len(row.parts) for row in rows)
+        failed += _run(trials, total=total)
+        if trials:
+            rows, notes = planned(find)
+        failed += [f"{name}: {c.why_not()}" for row in rows for name, c in row.tuned() if c.value is None]
+        failed += _run([p for row in rows if not row.awaits for p in row.parts], after=len(trials), total=total)
+    finished = _results(rows, store)
+    table = build(spec, scale, finished, extra_notes=[*notes, *_tuning_notes(rows), *_missing_notes(rows, finished)])
     for path in table.write(Path(request.results_dir) / "tables" / scale):
         log.info("wrote %s", path)
     log.info("\n%s", table.markdown())
     if failed:
         raise KronlabError("\n".join(failed))
     return table
+
+
+def _run(parts: Sequence[Part], *, after: int = 0, total: int) -> list[str]:
+    """Run cells one after another; return what failed, a line each."""
+    failed = []
+    for number, part in enumerate(parts, start=after + 1):
+        trial = "" if part.value is None else f", trial of {part.value:g}"
+        log.info("[%d/%d]%s", number, total, trial)
+        try:
+            run_cell(part.cell)
+        except Exception as error:  # whatever it is, run_cell has kept it in the record, and the other cells can go on
+            reason = " ".join(str(error).split()) or type(error).__name__
+            failed.append(f"{part.cell.name}{trial}: {reason}")
+            log.error("failed, going on with the next: %s", reason)
+    return failed
+
+
+def _summary(rows: Sequence[PlannedRow], find: Find) -> str:
+    """How many cells there are, and how many of them are done."""
+    trials = [part for row in rows for part in row.trials]
+    known = [cell for row in rows if not row.awaits for cell in row.cells]
+    said = f"{sum(len(row.parts) for row in rows)} cells, {sum(find(cell) is not None for cell in known)} done"
+    if trials:
+        done = sum(find(part.cell) is not None for part in trials)
+        said = f"{len(trials)} trials to tune with, {done} done; {said}"
+    return said
+
+
+def _list(rows: Sequence[PlannedRow], find: Find) -> None:
+    """Every cell with its state, the trials first."""
+
+    def tell(part: Part, more: str = "") -> None:
+        state = "missing" if find(part.cell) is None else "done   "
+        log.info("  %s %s  %s%s", state, part.cell.id, part.cell.name, more)
+
+    for row in rows:
+        for part in row.trials:
+            tell(part, f", trial of {part.value:g}")
+    for row in rows:
+        if row.awaits:
+            log.info("  after tuning: %s, %d cells", row.name, len(row.parts))
+        else:
+            for part in row.parts:
+                tell(part)
+
+
+def _tuning_notes(rows: Sequence[PlannedRow]) -> list[str]:
+    """The rule, and for each row the choice with all scores that led to it, or why there is none."""
+    rules = {arm: rule(choice.tuning) for row in rows for arm, choice in row.choices.items()}
+    notes = [f"Tuned{f' ({arm})' if arm else ''}: {said}" for arm, said in rules.items()]
+    for row in rows:
+        for name, choice in row.tuned():
+            notes.append(f"{name}: {choice.why_not() if choice.value is None else choice.told()}.")
+    return notes
+
+
+def _missing_notes(rows: Sequence[PlannedRow], results: Sequence[RowResult]) -> list[str]:
+    """The cells without a record, where a row has several and the row's name alone does not say which."""
+    lacking = []
+    for row, result in zip(rows, results, strict=True):
+        places = [part.place for part, record in zip(row.parts, result.records, strict=True) if record is None]
+        if places and len(row.parts) > 1:
+            lacking.append(f"{row.name} ({'all' if len(places) == len(row.parts) else '; '.join(places)})")
+    return [f"Cells not run yet: {', '.join(lacking)}."] if lacking else []
 
 
 def _from_bench(spec: Mapping[str, Any], scale: str, request: Request) -> Table | None:

@@ -91,7 +91,7 @@ def record(
 
 
 def row(key: str, *records: dict[str, Any] | None, published: dict[str, Any] | None = None) -> RowResult:
-    return RowResult(key, f"label of {key}", records, published)
+    return RowResult(key, f"label of {key}", records, {"sums": published} if published else {})
 
 
 def table(*rows: RowResult) -> Table:

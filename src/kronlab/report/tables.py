@@ -30,12 +30,13 @@ _LATEX = {mark: f"\\{mark}" for mark in "&%_#${}"} | {
 
 @dataclass(frozen=True)
 class RowResult:
-    """One row: its name, the records of its seeds (None: not run yet), the published number if any."""
+    """One row: its name, the records of its arms and seeds (None: not run yet), published numbers by a column's key."""
 
     key: str
     label: str
     records: Sequence[Mapping[str, Any] | None]
-    published: Mapping[str, Any] | None = None
+    published: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -223,10 +224,9 @@ def build(spec: Mapping[str, Any], scale: str, rows: Sequence[RowResult], *, ext
     columns: list[Column] = []
     published = spec.get("published")
     if published and any(row.published for row in rows):
-        values: list[float | None] = [float(row.published["value"]) if row.published else None for row in rows]
-        cells = [
-            f"{row.published['value']:.2f} [{row.published['confidence']}]" if row.published else "" for row in rows
-        ]
+        read = [next(iter(row.published.values()), None) for row in rows]
+        values: list[float | None] = [None if found is None else float(found["value"]) for found in read]
+        cells = ["" if found is None else f"{found['value']:.2f} [{found['confidence']}]" for found in read]
         columns.append(Column(f"{published['title']} ({published['unit']})", cells, values))
     present = {name for row in rows for record in _done(row) for name in record["eval"]}
     for column in layout["columns"]:
