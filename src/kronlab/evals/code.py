@@ -5,7 +5,6 @@ Every program is run by `kronlab.evals.sandbox.run_tests`, so that no verdict is
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections import Counter
@@ -19,7 +18,7 @@ from kronlab.data import Example
 from kronlab.errors import ConfigError
 from kronlab.evals import sandbox
 from kronlab.evals.harness import Harness, Row, Settings, Subject, positive
-from kronlab.evals.statistics import mean_metric
+from kronlab.evals.statistics import mean_metric, pass_at_k
 from kronlab.generate import generate
 
 PROTOCOLS: Final = ("plain", "paper", "instruct")
@@ -144,19 +143,6 @@ class Code(Harness):
             "completion_tokens": sum(row["tokens"] for row in rows),
             "samples": {"id": [row["id"] for row in rows], "correct": [int(row["correct"]) for row in rows]},
         }
-
-
-def pass_at_k(n: int, c: int, k: int) -> float:
-    """Unbiased estimate of the chance that one of k samples is right: 1 - C(n-c, k) / C(n, k).
-
-    n samples were drawn and c of them are right (Chen et al. 2021, arXiv 2107.03374, equation 1).
-
-    Raises:
-        ConfigError: unless 0 <= c <= n and 1 <= k <= n.
-    """
-    if not (0 <= c <= n and 1 <= k <= n):
-        raise ConfigError(f"pass@{k} of {n} samples, {c} right: needs 1 <= k <= samples")
-    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
 def assemble(

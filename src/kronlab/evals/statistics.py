@@ -8,6 +8,8 @@ from typing import Any, Final
 
 import numpy as np
 
+from kronlab.errors import ConfigError
+
 RESAMPLES: Final = 2000
 CONFIDENCE: Final = 0.95
 _SEED: Final = 20_000_003
@@ -60,6 +62,36 @@ def bootstrap_metric(statistic: Callable[..., float], *arrays: Sequence[Any] | n
     kept = drawn[np.isfinite(drawn)]
     error = float(kept.std(ddof=1)) if n > 1 and len(kept) > 1 else None
     return {"value": float(statistic(*data)), "n": n, "stderr": error, "ci95": _interval(drawn)}
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Unbiased estimate of the chance that one of k samples is right: 1 - C(n-c, k) / C(n, k).
+
+    n samples were drawn and c of them are right (Chen et al. 2021, arXiv 2107.03374, equation 1).
+
+    Raises:
+        ConfigError: unless 0 <= c <= n and 1 <= k <= n.
+    """
+    if not (0 <= c <= n and 1 <= k <= n):
+        raise ConfigError(f"pass@{k} of {n} samples, {c} right: needs 1 <= k <= samples")
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def resampled_sums(values: np.ndarray, draws: int) -> np.ndarray:
+    """Sums over resamples of the rows of `values`: (n, k) -> (draws, k).
+
+    The draws depend on n alone, so that arrays of one length are resampled together.
+    """
+    n = len(values)
+    rng = np.random.default_rng(_SEED)
+    step = max(1, _CHUNK // max(n, 1))
+    sums = []
+    for at in range(0, draws, step):
+        size = min(step, draws - at)
+        chosen = rng.integers(n, size=(size, n)) + n * np.arange(size)[:, None]
+        counts = np.bincount(chosen.ravel(), minlength=size * n).reshape(size, n)  # how often each row is drawn
+        sums.append(counts.astype(np.float64) @ values)
+    return np.concatenate(sums)
 
 
 def _finite(statistic: Callable[..., float], arrays: list[np.ndarray]) -> float:

@@ -30,7 +30,11 @@ _LATEX = {mark: f"\\{mark}" for mark in "&%_#${}"} | {
 
 @dataclass(frozen=True)
 class RowResult:
-    """One row: its name, the records of its arms and seeds (None: not run yet), published numbers by a column's key."""
+    """One row: its name and its records, flat over arms and seeds (None: not run yet).
+
+    A record may lack an eval: then another arm is graded on it. `published` maps a column's key to value, source and
+    confidence. Rows of a group have the key `<group>/<key in the config>`.
+    """
 
     key: str
     label: str
