@@ -32,7 +32,7 @@ RECIPE = [
     "task.n=40",
     "eval_n=5",
 ]
-QUICK = ["task=sums2", "trainer.max_steps=2", "eval_n=4"]
+QUICK = ["task=spell", "trainer.max_steps=2", "eval_n=4"]
 SHORT = ["model=tiny_llama_pretrained", *QUICK]
 
 
@@ -76,8 +76,8 @@ def test_the_first_cell_makes_the_base_model_and_the_next_takes_it(
     assert stamps(final_of(maker)) == before
     assert base["weights"] == record["weights"] == models.directory_mark(str(final_of(maker)))
     random = run_cell(make("method=none", "model=tiny_llama_128", *QUICK))
-    nll = [r["eval"]["sums2"]["metrics"]["nll_per_token"]["value"] for r in (base, random)]
-    assert nll[0] < nll[1] - 0.05  # three steps teach it to write in digits
+    nll = [r["eval"]["spell"]["metrics"]["nll_per_token"]["value"] for r in (base, random)]
+    assert nll[0] < nll[1] - 0.05  # three steps teach it which bytes are letters
 
 
 def test_what_is_loaded_is_what_the_pretraining_left(short: Callable[..., Cell]) -> None:
@@ -169,13 +169,11 @@ def test_dry_run_and_plan_need_no_weights(short: Callable[..., Cell], tmp_path: 
 
 
 def test_the_shipped_recipe_makes_a_cell_and_shares_no_task_with_the_tables() -> None:
-    cell = make_cell(compose_config(["scale=mini", "model=tiny_llama_pretrained", "task=sums2", "method=cdka"]))
+    cell = make_cell(compose_config(["scale=mini", "model=tiny_llama_pretrained", "task=spell", "method=cdka"]))
     parts = maker_of(cell).config["task"]["source"]["parts"]
-    assert {"chain_sum", "decimal_chain_sum"} <= {part["source"]["dataset"] for part in parts.values()}
-    for part in parts.values():
-        assert part["source"]["dataset"] != "spell_backward"
-        if part["source"]["dataset"] == "chain_sum":  # sums2 has numbers of two digits
-            assert part["source"]["params"]["max_digits"] == 1
+    datasets = {part["source"]["dataset"] for part in parts.values()}
+    assert "chain_sum" in datasets
+    assert cell.config["task"]["source"]["dataset"] not in datasets
     assert maker_of(cell).scale == "mini"
     assert all(
         size % 64 == 0
