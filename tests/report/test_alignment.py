@@ -73,7 +73,7 @@ def test_verdict_of_the_theory_and_of_its_opposite(record: dict[str, Any]) -> No
 def test_every_point_and_kind_is_a_dot(record: dict[str, Any]) -> None:
     figure = alignment_figure(record)
     left, right = figure.axes
-    assert [text.get_text() for text in left.get_legend().get_texts()] == ["r1 = 1", "r1 = 2", "r1 = 8", "Kron-LoRA"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["r1 = 1", "r1 = 2", "r1 = 8", "Kron-LoRA"]
     dots = [container.lines[0] for container in left.containers]
     assert sum(len(line.get_xdata()) for line in dots) == 8 * 7, "eight points, seven kinds of layers"
     diagonal = left.lines[-1]
