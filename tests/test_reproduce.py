@@ -131,6 +131,29 @@ def test_render_only_writes_the_table_from_records_alone(
         assert path.read_bytes() == (results / "tables" / "smoke" / path.name).read_bytes()
 
 
+def test_the_figures_are_drawn_with_the_table(
+    made: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    import shutil
+
+    results, _ = made
+    shutil.copytree(results / "runs", tmp_path / "runs")
+    table = spec()
+    table["scales"]["smoke"]["figures"] = [
+        {"kind": "loss", "name": "loss"},
+        {"kind": "forest", "eval": "chain_sum", "metric": "nll_per_token"},
+    ]
+    reproduce(table, scale="smoke", results_dir=str(tmp_path), render_only=True)
+    folder = tmp_path / "figures" / "smoke"
+    names = [f"{name}.{suffix}" for name in ("table2", "table2_loss") for suffix in ("csv", "png", "svg")]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    read = {r["label"]: r for r in (json.loads(path.read_text()) for path in records(tmp_path))}
+    for line in csv.DictReader((folder / "table2_loss.csv").open()):
+        curve = (tmp_path / "runs" / "smoke" / read[line["label"]]["id"] / "loss.jsonl").read_text().splitlines()
+        assert float(line["value"]) == pytest.approx(json.loads(curve[int(line["x"]) - 1])["loss"], rel=1e-7)
+    assert [line["key"] for line in csv.DictReader((folder / "table2.csv").open())] == KEYS[2:]
+
+
 def test_a_cell_that_fails_stops_no_other_and_is_told_at_the_end(tmp_path: Path) -> None:
     """r2=7 divides nothing in the tiny model; a target that is not there is PEFT's own error."""
     broken = spec()
@@ -398,7 +421,7 @@ def test_committed_tables_are_what_the_committed_records_say(scale: str, tmp_pat
         pytest.skip(f"no table of scale {scale} is committed yet")
     for kind in ("runs", "bench", "align"):
         if (ROOT / "results" / kind / scale).is_dir():
-            no_samples = shutil.ignore_patterns("*.jsonl")
+            no_samples = shutil.ignore_patterns("samples.jsonl")  # loss curves are drawn
             shutil.copytree(ROOT / "results" / kind / scale, tmp_path / kind / scale, ignore=no_samples)
     for name in names:
         assert (CONFIG_DIR / "table" / f"{name}.yaml").is_file(), f"{name} has no config"
@@ -407,6 +430,13 @@ def test_committed_tables_are_what_the_committed_records_say(scale: str, tmp_pat
             fresh = (tmp_path / "tables" / scale / f"{name}.{suffix}").read_text()
             old = (committed / f"{name}.{suffix}").read_text()
             assert without_absence(fresh) == without_absence(old), f"{name}.{suffix}: render it again"
+    # of a figure its data are compared: the pictures depend on the versions of the libraries that draw them
+    drawn, kept = (folder / "figures" / scale for folder in (tmp_path, ROOT / "results"))
+    assert [path.name for path in sorted(kept.glob("*.csv"))] == [path.name for path in sorted(drawn.glob("*.csv"))]
+    for path in kept.glob("*.csv"):
+        assert path.read_text() == (drawn / path.name).read_text(), f"{path.name}: draw it again"
+        for suffix in ("svg", "png"):
+            assert path.with_suffix(f".{suffix}").is_file(), f"{path.stem}.{suffix} is not committed"
 
 
 def without_absence(text: str) -> str:

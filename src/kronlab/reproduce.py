@@ -156,7 +156,12 @@ def _from_cells(spec: Mapping[str, Any], scale: str, request: Request) -> Table 
         failed += _run([p for row in rows if not row.awaits for p in row.parts], after=len(trials), total=total)
     finished = _results(rows, store)
     table = build(spec, scale, finished, extra_notes=[*notes, *_tuning_notes(rows), *_missing_notes(rows, finished)])
-    for path in table.write(Path(request.results_dir) / "tables" / scale):
+    written = table.write(Path(request.results_dir) / "tables" / scale)
+    if spec["scales"][scale].get("figures"):
+        from kronlab.report.figures import draw  # matplotlib is slow to import
+
+        written += draw(spec, scale, finished, Path(request.results_dir) / "figures" / scale)
+    for path in written:
         log.info("wrote %s", path)
     log.info("\n%s", table.markdown())
     if failed:
