@@ -5,24 +5,28 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from kronlab import models
+from kronlab.adapters.quantize import format_of
 from kronlab.data.common import did_you_mean
 from kronlab.errors import ConfigError
 from kronlab.evals.harness import positive
 from kronlab.evals.registry import HARNESSES, harness_of, kind_of
 from kronlab.methods import METHODS, label, trains, with_budget
+from kronlab.moved_base import moves_base
+from kronlab.sequence import RESOLVED, first_look, plain, with_stages
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 SCALES = ("smoke", "mini", "small", "paper")
@@ -38,12 +42,16 @@ _DEEPEST = 2  # pre-trainings behind one another: a base model may start from an
 # Settings that were added after records had been made -> the value that means what was done before they existed. A
 # setting with that value is left out of the hash, so that the older records keep their ids. `*` stands for any name.
 NEUTRAL: dict[str, Any] = {
+    "adapter_storage": None,
+    "after": None,
     "method.budget": None,
     "method.init_batches": 8,
     "method.lr_ratio": None,
     "trainer.compile": False,
     "trainer.loss_rows": None,
 }
+# What is done after training: cells that differ in nothing else share their trained weights.
+_AFTER_TRAINING = ("eval", "adapter_storage")
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,7 @@ class Cell:
         train_id: likewise of the part that determines the trained weights, so that cells which differ only in what they
             are graded on share a checkpoint.
         pretraining: the cell whose final weights are the base model, for `model.source: cell`; else None.
+        before: of a sequence of tasks, the cell that trains all but the last; its weights are where this one starts.
     """
 
     config: dict[str, Any]
@@ -64,6 +73,7 @@ class Cell:
     id: str
     train_id: str
     pretraining: Cell | None = None
+    before: Cell | None = None
 
     @property
     def scale(self) -> str:
@@ -71,10 +81,12 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """A short human name: method, model, task (of what is only graded: its evals), seed."""
+        """A short human name: method, model, tasks in order (of what is only graded: its evals), seed."""
         c = self.config
-        where = c["task"]["name"] if trains(c["method"]) else ", ".join(c["eval"])
-        return f"{label(c['method'])}, {c['model']['name']} on {where}, seed {c['seed']}"
+        where = " then ".join(t["name"] for t in _tasks(c)) if trains(c["method"]) else ", ".join(c["eval"])
+        stored = c["adapter_storage"]
+        form = f", stored as {stored['kind']}" if stored else ""
+        return f"{label(c['method'])}, {c['model']['name']} on {where}, seed {c['seed']}{form}"
 
 
 def digest(value: Any) -> str:
@@ -97,13 +109,7 @@ def make_cell(config: DictConfig, *, weights_needed: bool = True) -> Cell:
 
 
 def _make_cell(config: DictConfig, *, weights_needed: bool, depth: int) -> Cell:
-    try:
-        plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        where = f"{error.full_key}: " if error.full_key else ""
-        raise ConfigError(f"{where}{str(error).strip().splitlines()[0]}; give {error.full_key or 'it'}=...") from error
-    assert isinstance(plain, dict)
-    resolved: dict[str, Any] = {str(key): value for key, value in plain.items()}
+    resolved = plain(_with_typed_sequence(config))
     resolved.pop("hydra", None)
     validate(resolved)
     model = resolved["model"]
@@ -116,9 +122,34 @@ def _make_cell(config: DictConfig, *, weights_needed: bool, depth: int) -> Cell:
         source = model.get("source") or "auto"
     model["source"] = source
     pretraining = _pretraining(resolved, weights_needed=weights_needed, depth=depth) if source == "cell" else None
-    science = _science(resolved, pretraining)
-    train_part = {key: science[key] for key in science if key != "eval"}
-    return Cell(resolved, science, digest(science), digest(train_part), pretraining)
+    resolved["adapter_storage"] = _stored_form(resolved["adapter_storage"])
+    return _identified(resolved, pretraining)
+
+
+def _identified(config: dict[str, Any], pretraining: Cell | None) -> Cell:
+    """A cell of a config that is resolved and checked."""
+    earlier = config.get(RESOLVED) if trains(config["method"]) else None
+    before = None
+    if earlier:
+        before = _identified(config | {"task": earlier[-1], RESOLVED: earlier[:-1] or None}, pretraining)
+    science = _science(config, pretraining)
+    train_part = {key: science[key] for key in science if key not in _AFTER_TRAINING}
+    return Cell(config, science, digest(science), digest(train_part), pretraining, before)
+
+
+def _stored_form(storage: Mapping[str, Any]) -> dict[str, Any] | None:
+    """`adapter_storage` with bits and kind both said; None: the adapter stays as it was trained.
+
+    Raises:
+        ConfigError: there is no such form.
+    """
+    form = format_of(storage["bits"], storage["kind"], storage["group_size"])
+    return {"bits": form[0], "kind": form[1], "group_size": storage["group_size"]} if form else None
+
+
+def _tasks(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The task sections of a resolved config, in the order in which they are trained."""
+    return [*(config.get(RESOLVED) or []), config["task"]]
 
 
 def _pretraining(config: Mapping[str, Any], *, weights_needed: bool, depth: int) -> Cell:
@@ -172,13 +203,15 @@ def _science(config: Mapping[str, Any], pretraining: Cell | None = None) -> dict
         "schema": RECORD_SCHEMA,
         "model": model,
         "method": method,
+        "after": config.get(RESOLVED),
         "task": config["task"],
         "trainer": config["trainer"],
         "seed": config["seed"],
         "eval": config["eval"],
+        "adapter_storage": config["adapter_storage"],
     }
     if not trains(config["method"]):  # the base model is one cell for every recipe and seed
-        for key in ("task", "trainer", "seed"):
+        for key in ("after", "task", "trainer", "seed"):
             del science[key]
     science["precision"] = config["trainer"]["precision"]
     return _without_neutral(science)
@@ -246,18 +279,19 @@ def validate(config: Mapping[str, Any]) -> None:
         absent = key == "d_a2" and value is None
         right = named or absent or (isinstance(value, int) and not isinstance(value, bool) and value >= 1)
         check(right, f"method.{key}", value, "a whole number of at least 1")
-    task = config["task"]["name"]
-    check(task != "none" or not trains(method), "task", task, "a task with training data, or method=none")
     if method.get("lr_ratio") is not None:
         number("method", "lr_ratio", above=0)
         check(method["name"] == "lora", "method.lr_ratio", method["lr_ratio"], "null: only LoRA has factors A and B")
-    n = config["task"]["n"]
-    check(
-        n is None or (isinstance(n, int) and n >= 1),
-        "task.n",
-        n,
-        "a whole number of at least 1, or null for all",
-    )
+    for task in _tasks(config):
+        name, n = task["name"], task["n"]
+        check(name != "none" or not trains(method), "task", name, "a task with training data, or method=none")
+        check(
+            n is None or (isinstance(n, int) and n >= 1),
+            "task.n",
+            n,
+            "a whole number of at least 1, or null for all",
+        )
+    faults += _storage_faults(config["adapter_storage"], method)
     device = config["runtime"]["device"]
     check(device in ("auto", "cpu", "cuda"), "runtime.device", device, "auto, cpu or cuda")
     reuse = config["results"]["reuse"]
@@ -289,18 +323,54 @@ def validate(config: Mapping[str, Any]) -> None:
         raise ConfigError("\n".join(faults))
 
 
+def _storage_faults(storage: Mapping[str, Any], method: Mapping[str, Any]) -> Iterator[str]:
+    try:
+        form = _stored_form(storage)
+    except ConfigError as error:
+        yield f"adapter_storage: {error}"
+        return
+    if form is not None and method["name"] in ("none", "full"):
+        yield f"adapter_storage.kind={form['kind']!r}: method={method['name']} has no adapter to store"
+    if form is not None and moves_base(method):
+        yield f"adapter_storage.kind={form['kind']!r}: {label(method)} has a start that it is stored with: not measured yet"
+
+
 def compose_config(overrides: Sequence[str], *, name: str = "config") -> DictConfig:
-    """Compose a config outside of `hydra.main`, e.g. for the cells of a table.
+    """Compose a config outside of `hydra.main`, e.g. for the cells of a table, its `sequence` resolved.
 
     Raises:
         ConfigError: an override that Hydra refuses, in one line (`explain`).
     """
-    state = GlobalHydra.instance()
     try:
-        if state.is_initialized():
-            return compose(config_name=name, overrides=list(overrides))
-        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            return compose(config_name=name, overrides=list(overrides))
+        config = _compose(first_look(overrides), name)
+        return with_stages(config, overrides, partial(_composed_stage, name=name))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain(error)) from error
+
+
+def _compose(overrides: tuple[str, ...], name: str) -> DictConfig:
+    if GlobalHydra.instance().is_initialized():
+        return compose(config_name=name, overrides=list(overrides))
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        return compose(config_name=name, overrides=list(overrides))
+
+
+@lru_cache(maxsize=256)
+def _composed_stage(overrides: tuple[str, ...], name: str) -> DictConfig:
+    """All ordered pairs of n tasks have n stages between them; nobody writes to what is returned."""
+    return _compose(overrides, name)
+
+
+def _with_typed_sequence(config: DictConfig) -> DictConfig:
+    """The sequence of a config that `hydra.main` has composed from what was typed, resolved."""
+    if OmegaConf.select(config, "sequence") is None or RESOLVED in config:
+        return config
+    if not HydraConfig.initialized():
+        raise ConfigError("sequence is not resolved: compose the config with kronlab.cell.compose_config")
+    typed = HydraConfig.get()
+    try:
+        stage = partial(_composed_stage, name=str(typed.job.config_name))
+        return with_stages(config, list(typed.overrides.task), stage)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error)) from error
 

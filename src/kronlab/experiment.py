@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kronlab import methods, models, moved_base, runs
+from kronlab.adapters import QuantisedAdapter, load_quantised, quantize_adapter
 from kronlab.adapters.init import gradient_init_, layer_gradients
 from kronlab.cell import RECORD_SCHEMA, Cell
 from kronlab.classification import ClassificationHead, encode_sentences
@@ -113,10 +114,9 @@ def _train_and_grade(cell: Cell, store: Store) -> dict[str, Any]:
     config = cell.config
     _check_architecture(config)
     precision = DTYPES[config["trainer"]["precision"]]
+    _train_stages_before(cell, store)
     model = base_model(cell)
-    network, tokenizer = models.load(model, dtype=precision, source=model["source"], head=_head(config))
-    transformers.set_seed(config["seed"])  # the adapters' initialisation; the batch order has its own generator
-    network = methods.attach(network, config["model"], config["method"])
+    network, tokenizer = _network(cell, model)
     trainable, total = models.count_parameters(network)
     fields: dict[str, Any] = {
         "parameters": {"trainable": trainable, "total": total, "adapter_bytes": _adapter_bytes(network)},
@@ -125,6 +125,9 @@ def _train_and_grade(cell: Cell, store: Store) -> dict[str, Any]:
     }
     if methods.trains(config["method"]):
         fields["train"] = _train(cell, store, network, tokenizer)
+        _keep_losses(cell, store)
+    if config["adapter_storage"]:
+        fields["storage"] = _through_storage(network, config["adapter_storage"], store.checkpoints(cell.train_id))
     network.to(_device(config["runtime"]))
     ready_to_grade(network, precision)
     folder = store.folder(cell.scale, cell.id)
@@ -173,6 +176,15 @@ def base_model(cell: Cell) -> dict[str, Any]:
     return model | {"source": "directory", "directory": str(final)}
 
 
+def _network(cell: Cell, model: dict[str, Any]) -> tuple[nn.Module, Any]:
+    """The base model (`base_model`) with the method attached, as it is before training, and the tokenizer."""
+    config = cell.config
+    precision = DTYPES[config["trainer"]["precision"]]
+    network, tokenizer = models.load(model, dtype=precision, source=model["source"], head=_head(config))
+    transformers.set_seed(config["seed"])  # the adapters' initialisation; the batch order has its own generator
+    return methods.attach(network, config["model"], config["method"]), tokenizer
+
+
 def _check_architecture(config: dict[str, Any]) -> None:
     name, architecture = config["model"]["name"], config["model"]["architecture"]
     for which, settings in config["eval"].items():
@@ -195,7 +207,7 @@ def _head(config: dict[str, Any]) -> models.Head | None:
     training = methods.trains(config["method"])
     asking = {f"eval {name}": settings for name, settings in config["eval"].items()}
     if training:
-        asking[f"task {config['task']['name']}"] = config["task"]
+        asking |= {f"task {task['name']}": task for task in [*(config.get("after") or []), config["task"]]}
     found = {name: class_labels(section["source"]) for name, section in asking.items()}
     if len(set(found.values())) > 1:
         told = "; ".join(f"{name}: {', '.join(labels) or 'a score'}" for name, labels in found.items())
@@ -241,11 +253,28 @@ def _graded_examples(config: dict[str, Any], settings: dict[str, Any]) -> list[E
     return few_shot(examples, solved, separator=shots["separator"])
 
 
+def _train_stages_before(cell: Cell, store: Store) -> None:
+    """Train what a sequence has before the cell's own task, unless its weights, or the cell's, are there.
+
+    Every stage has a network of its own: what an optimizer or a hook leaves in one must not depend on where a run was
+    interrupted.
+    """
+    before = cell.before
+    if before is None or any((store.final(c.train_id) / models.TRAINING).is_file() for c in (cell, before)):
+        return
+    _train_stages_before(before, store)
+    log.info("%s: first %s", cell.name, before.name)
+    try:
+        _train(before, store, *_network(before, base_model(before)))
+    except Diverged as diverged:
+        raise Diverged(diverged.step, f"{before.config['task']['name']} training") from diverged
+
+
 def _train(cell: Cell, store: Store, network: nn.Module, tokenizer: Any) -> dict[str, Any]:
     """Train, or load the weights that an earlier run of the same `train_id` has left; return the record's section."""
     config, method = cell.config, cell.config["method"]
     folder = store.checkpoints(cell.train_id)
-    final = folder / "final"
+    final = store.final(cell.train_id)
     if (final / models.TRAINING).is_file():
         log.info("taking the weights trained before (%s)", final)
         _load_weights(network, final, moved=moved_base.moves_base(method))
@@ -258,7 +287,9 @@ def _train(cell: Cell, store: Store, network: nn.Module, tokenizer: Any) -> dict
         start = None
         with runs.PeakMemory() as memory:
             first = [collate([row], pad_id=tokenizer.pad_token_id) for row in rows[: method.get("init_batches", 0)]]
-            if method.get("init") == "gradient":
+            if cell.before is not None:
+                start = _load_weights(network, store.final(cell.before.train_id), moved=moved_base.moves_base(method))
+            elif method.get("init") == "gradient":
                 _start_from_gradient(network, first, objective)
             elif moved_base.moves_base(method):
                 start = _move_base(network, folder, method, first, objective)
@@ -270,10 +301,40 @@ def _train(cell: Cell, store: Store, network: nn.Module, tokenizer: Any) -> dict
             )  # fmt: skip
         _stop_logger(cell)
         section = _train_section(report, memory.bytes, fingerprint(examples), len(examples))
+        if cell.before is not None:
+            section["stages_before"] = _stages_before(cell.before, store)
         _save_weights(network, tokenizer, final, section, start)
+    return section
+
+
+def _stages_before(last: Cell, store: Store) -> list[dict[str, Any]]:
+    """For each stage that has been trained up to `last`: its task, its train_id and what its training took."""
+    section = dict(json.loads((store.final(last.train_id) / models.TRAINING).read_text()))
+    earlier = section.pop("stages_before", [])
+    return [*earlier, {"task": last.config["task"]["name"], "train_id": last.train_id} | section]
+
+
+def _keep_losses(cell: Cell, store: Store) -> None:
+    """The loss curve belongs to the record, the checkpoint does not."""
     target = store.folder(cell.scale, cell.id)
     target.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(folder / "loss.jsonl", target / "loss.jsonl")
+    shutil.copyfile(store.checkpoints(cell.train_id) / "loss.jsonl", target / "loss.jsonl")
+
+
+def _through_storage(network: nn.Module, form: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Store the adapter in few bits, load it from that file, and return the record's section about it."""
+    folder.mkdir(parents=True, exist_ok=True)  # an adapter that was not trained here has none yet
+    path = folder / f"stored-{form['kind']}-{form['group_size']}.safetensors"
+    quantize_adapter(network, form["bits"], kind=form["kind"], group_size=form["group_size"]).save(path)
+    stored = QuantisedAdapter.load(path)
+    error = load_quantised(network, stored)
+    section = form | {
+        "file_bytes": path.stat().st_size,
+        "stored_bytes": stored.stored_bytes,
+        "bits_per_parameter": stored.bits_per_parameter,
+        "delta_error": error,
+    }
+    log.info("stored as %s: %s bytes, relative error of dW %s", form["kind"], f"{section['file_bytes']:,}", error)
     return section
 
 
@@ -357,17 +418,18 @@ def _save_weights(
     scratch.rename(final)
 
 
-def _load_weights(network: nn.Module, final: Path, *, moved: bool = False) -> None:
+def _load_weights(network: nn.Module, final: Path, *, moved: bool = False) -> dict[str, Tensor] | None:
     """Load what `_save_weights` has saved; a tensor too few, too many or of another shape is a CheckpointError.
 
-    `moved`: it was saved with a start, which the base is moved by first.
+    `moved`: it was saved with a start, which the base is moved by first, and which is returned.
     """
     from peft import PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
     from safetensors.torch import load_model
 
+    start = None
     try:
         if isinstance(network, PeftModel):
-            given, start = load_peft_weights(str(final), device="cpu"), None
+            given = load_peft_weights(str(final), device="cpu")
             if moved:
                 given, start = moved_base.split(given)
             missing = get_peft_model_state_dict(network, save_embedding_layers=False).keys() - given.keys()
@@ -383,6 +445,7 @@ def _load_weights(network: nn.Module, final: Path, *, moved: bool = False) -> No
     except Exception as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{final} cannot be loaded ({reason}); delete it and run the cell again") from error
+    return start
 
 
 def _start_logger(cell: Cell) -> Sequence[str]:

@@ -55,6 +55,10 @@ class Store:
     def checkpoints(self, train_id: str) -> Path:
         return self.results / "checkpoints" / train_id
 
+    def final(self, train_id: str) -> Path:
+        """The weights that training has ended with; the folder is there only when it is whole."""
+        return self.checkpoints(train_id) / "final"
+
     def read(self, scale: str, cell_id: str) -> dict[str, Any] | None:
         """The record of a cell, or None.
 

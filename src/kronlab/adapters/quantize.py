@@ -26,10 +26,18 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kronlab.adapters.peft_hook import get_peft_model_state_dict
+from kronlab.adapters.peft_hook import BaseTunerLayer, get_peft_model_state_dict, set_peft_model_state_dict
 from kronlab.errors import CheckpointError, ConfigError
 
-__all__ = ["FORMATS", "PackedTensor", "QuantisedAdapter", "nf4_levels", "quantize_adapter"]
+__all__ = [
+    "FORMATS",
+    "PackedTensor",
+    "QuantisedAdapter",
+    "format_of",
+    "load_quantised",
+    "nf4_levels",
+    "quantize_adapter",
+]
 
 FORMATS = {"fp16": 16, "int8": 8, "nf4": 4, "int4": 4}
 _DEFAULT_FORMAT = {16: "fp16", 8: "int8", 4: "nf4"}
@@ -133,6 +141,23 @@ class QuantisedAdapter:
         return cls(header["kind"], header["group_size"], tensors, header["errors"])
 
 
+def format_of(bits: int | None, kind: str | None = None, group_size: int = 64) -> tuple[int, str] | None:
+    """Bits and kind of a stored form, each filled in from the other; None where both are None.
+
+    Raises:
+        ConfigError: bits, kind or group size out of range, or bits and kind of different forms.
+    """
+    if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 2 or group_size % 2:
+        raise ConfigError(f"group_size={group_size} is not a positive even number")
+    if bits is None and kind is None:
+        return None
+    known = ", ".join(f"{b} ({name})" for name, b in FORMATS.items())
+    form = _DEFAULT_FORMAT.get(bits) if kind is None and bits is not None else kind
+    if form not in FORMATS or bits not in (None, FORMATS[form]):
+        raise ConfigError(f"bits={bits} with kind={kind!r} is unknown; use {known}")
+    return FORMATS[form], form
+
+
 def quantize_adapter(
     source: nn.Module | Mapping[str, Tensor],
     bits: int,
@@ -153,12 +178,12 @@ def quantize_adapter(
     Raises:
         ConfigError: bits, kind or group size out of range, or a tensor that is not finite in this format.
     """
-    kind = _DEFAULT_FORMAT.get(bits) if kind is None else kind
-    if kind is None or FORMATS.get(kind) != bits:
-        known = ", ".join(f"{b} ({name})" for name, b in FORMATS.items())
-        raise ConfigError(f"quantize_adapter: bits={bits} with kind={kind!r} is unknown; use {known}")
-    if group_size < 2 or group_size % 2:
-        raise ConfigError(f"quantize_adapter: group_size={group_size} is not a positive even number")
+    try:
+        form = format_of(bits, kind, group_size)
+    except ConfigError as error:
+        raise ConfigError(f"quantize_adapter: {error}") from None
+    assert form is not None
+    kind = form[1]
     given: Mapping[str, Tensor]
     if isinstance(source, nn.Module):
         given = get_peft_model_state_dict(source, adapter_name=adapter_name, save_embedding_layers=False)
@@ -176,6 +201,37 @@ def quantize_adapter(
         norm = float(exact.norm())
         tensors[key], errors[key] = packed, float(lost) / norm if norm else 0.0
     return QuantisedAdapter(kind, group_size, tensors, errors)
+
+
+def load_quantised(model: nn.Module, adapter: QuantisedAdapter, adapter_name: str = "default") -> float | None:
+    """Put the unpacked tensors into a PEFT model, and say what that has done to the update.
+
+    Returns:
+        ‖ΔW' - ΔW‖ / ‖ΔW‖ over all adapted layers together, Frobenius, ΔW' after loading; None where ΔW is 0, or the
+        method forms none. One layer's matrices exist at a time. Magnitudes (DoRA) are loaded and not counted.
+    """
+    layers = [
+        (module, _own_tensors(module))
+        for module in model.modules()
+        if isinstance(module, BaseTunerLayer) and hasattr(module, "get_delta_weight")
+    ]
+    set_peft_model_state_dict(model, adapter.state_dict(), adapter_name=adapter_name)
+    lost = whole = 0.0
+    with torch.no_grad():
+        for layer, before in layers:
+            now = _own_tensors(layer)
+            new = layer.get_delta_weight(adapter_name).double()
+            layer.load_state_dict(before, strict=False)
+            old = layer.get_delta_weight(adapter_name).double()
+            layer.load_state_dict(now, strict=False)
+            lost += float((new - old).square().sum())
+            whole += float(old.square().sum())
+    return (lost / whole) ** 0.5 if whole else None
+
+
+def _own_tensors(layer: nn.Module) -> dict[str, Tensor]:
+    """A copy of an adapted layer's state without the layer that it wraps."""
+    return {key: value.clone() for key, value in layer.state_dict().items() if not key.startswith("base_layer.")}
 
 
 def _grouped(flat: Tensor, group_size: int) -> Tensor:
