@@ -93,6 +93,27 @@ def test_subsets_are_nested_and_test_is_the_same_for_every_seed(gsm8k_dir: str) 
     assert ids("test", 5, 0, subset="first") == ids("test", 5, 0)
 
 
+def test_validation_rows_are_training_rows_that_nobody_trains_on(gsm8k_dir: str) -> None:
+    source = {**GSM8K, "validation_rows": 10}
+    validation = load(source, "validation", data_dir=gsm8k_dir)
+    everything = load(GSM8K, "train", data_dir=gsm8k_dir)
+    assert len({e.id for e in validation}) == 10
+    assert {e.id for e in validation} < {e.id for e in everything}
+    assert load(source, "validation", 4, seed=3, data_dir=gsm8k_dir) == validation[:4]
+    for seed, extra in ((0, {}), (1, {}), (0, {"subset": "first"})):
+        train = load({**source, **extra}, "train", seed=seed, data_dir=gsm8k_dir)
+        assert {e.id for e in train} == {e.id for e in everything} - {e.id for e in validation}
+    assert load(source, "test", data_dir=gsm8k_dir) == load(GSM8K, "test", data_dir=gsm8k_dir)
+    assert available(source, "validation", gsm8k_dir)[0]
+    assert "n=31 asked of split 'train', which has 30" in refused(
+        ConfigError, lambda: load(source, "train", 31, data_dir=gsm8k_dir)
+    )
+    message = refused(ConfigError, lambda: load({**source, "validation_rows": 0}, "validation", data_dir=gsm8k_dir))
+    assert "validation_rows=0" in message
+    message = refused(ConfigError, lambda: load(GSM8K, "validation", data_dir=gsm8k_dir))
+    assert "validation_rows=None" in message
+
+
 def test_seeded_order_is_a_fixed_permutation() -> None:
     assert sorted(common.seeded_order(100, 3)) == list(range(100))
     assert common.seeded_order(8, 0) == SEEDED_ORDER_8
@@ -236,6 +257,27 @@ def test_metamathqa_reads_a_json_array(tmp_path: Path) -> None:
     write(tmp_path / "metamathqa" / "b.json", META_ROWS)
     message = refused(DataError, lambda: load(META, "train", data_dir=str(tmp_path)))
     assert "fits 2 files (MetaMathQA-395K.json, b.json)" in message
+
+
+@pytest.mark.parametrize("subset", ["seeded", "first"])
+def test_metamathqa_keeps_validation_rows_out_of_train_whatever_their_length(tmp_path: Path, subset: str) -> None:
+    """Training drops long rows, grading does not: what is kept back must not depend on it."""
+    kinds = ("GSM_Rephrased", "MATH_AnsAug")
+    rows = [
+        {"query": f"q{i}", "response": f"{'x' * (i % 5)}\nThe answer is: {i}", "type": kinds[i % 2]} for i in range(40)
+    ]
+    write(tmp_path / "metamathqa" / "train.jsonl", rows)
+    source = {**META, "subset": subset, "validation_rows": 6, "max_tokens": 13}
+    validation = load(source, "validation", data_dir=str(tmp_path))
+    assert len(validation) == 6
+    assert all("GSM" in e.meta["type"] for e in validation)
+    train = load(source, "train", data_dir=str(tmp_path), length_fn=len)
+    without = load({**META, "max_tokens": 13}, "train", data_dir=str(tmp_path), length_fn=len)
+    assert len(train) < len(without) < 20, "some rows are too long, and some are kept back"
+    assert {e.id for e in train} == {e.id for e in without} - {e.id for e in validation}
+    assert load(source, "train", 3, data_dir=str(tmp_path), length_fn=len) == train[:3]
+    assert load(source, "validation", 2, seed=5, data_dir=str(tmp_path)) == validation[:2]
+    refused(ConfigError, lambda: load(source, "validation", 7, data_dir=str(tmp_path)))
 
 
 def test_metamathqa_refuses(meta_dir: str) -> None:
