@@ -9,7 +9,7 @@ import pytest
 import scipy.stats
 from sklearn.metrics import matthews_corrcoef
 
-from kronlab.evals.statistics import bootstrap_metric, mean_metric, ratio_metric
+from kronlab.evals.statistics import bootstrap_metric, mean_metric, ratio_metric, resampled_sums
 
 
 def test_interval_of_a_mean_agrees_with_scipy() -> None:
@@ -78,3 +78,19 @@ def test_a_statistic_that_most_resamples_do_not_have_gets_no_interval() -> None:
     assert metric["ci95"] == [1.0, 1.0]
     metric = bootstrap_metric(lambda a: 1.0 if set(a) == {0, 1, 2, 3} else math.nan, [0, 1, 2, 3])
     assert metric["ci95"] is None
+
+
+def test_resampled_sums_are_of_n_rows_drawn_with_replacement() -> None:
+    """One-hot rows: the sums are the counts, multinomial with mean 1 and variance 1 - 1/n."""
+    counts = resampled_sums(np.eye(7), 20_000)
+    assert counts.shape == (20_000, 7)
+    assert (counts.sum(1) == 7).all()
+    assert counts.mean(0) == pytest.approx(1, abs=0.03)
+    assert counts.var(0) == pytest.approx(1 - 1 / 7, abs=0.04)
+    covariance = np.cov(counts[:, 0], counts[:, 1])[0, 1]
+    assert covariance == pytest.approx(-1 / 7, abs=0.03)
+    # the draws go by length: two arrays drawn apart are as if drawn together
+    values = np.random.default_rng(0).normal(size=(7, 2))
+    together = resampled_sums(values, 100)
+    assert np.allclose(np.hstack([resampled_sums(values[:, [i]], 100) for i in (0, 1)]), together)
+    assert np.allclose(counts[:100] @ values, together)

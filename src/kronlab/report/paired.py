@@ -83,6 +83,29 @@ def metric_values(row: RowResult, eval: str, metric: str) -> list[Measured]:
     return found
 
 
+def seed_means(row: RowResult, parts: Sequence[tuple[str, str]]) -> dict[int | None, tuple[float, float | None]]:
+    """Seed -> the unweighted mean over several (eval, metric) and its standard error over samples, where all are known.
+
+    A seed that lacks one of them is left out. Several cells of one seed (of several arms) count by their mean.
+    """
+    found: list[dict[int | None, list[Measured]]] = []
+    for part in parts:
+        of_part: dict[int | None, list[Measured]] = {}
+        for one in metric_values(row, *part):
+            of_part.setdefault(one.seed, []).append(one)
+        found.append(of_part)
+    means: dict[int | None, tuple[float, float | None]] = {}
+    for seed in found[0]:
+        groups = [of_part.get(seed, []) for of_part in found]
+        if not all(groups):
+            continue
+        value = statistics.fmean(statistics.fmean(one.value for one in group) for group in groups)
+        errors = [None if one.stderr is None else one.stderr / len(group) for group in groups for one in group]
+        known = [error for error in errors if error is not None]
+        means[seed] = value, math.hypot(*known) / len(groups) if len(known) == len(errors) else None
+    return means
+
+
 def baseline_of(row: RowResult, rows: Iterable[RowResult], baseline: str) -> RowResult | None:
     """The row of key `baseline` in the same group; None where there is none, and for the baseline itself."""
     key = f"{row.group}/{baseline}" if row.group else baseline

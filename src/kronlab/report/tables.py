@@ -1,20 +1,34 @@
-"""A table from records: Markdown to read, CSV to compute with, LaTeX to cite. Reads records only.
+"""A table from records: Markdown to read, CSV to compute with, LaTeX to cite, and every seed by itself.
 
-A cell of the table is the mean over seeds; with one seed its spread is the standard error over test samples. What is
-not known (a published number nobody could read, a peak memory that the system does not tell) is left empty.
+Reads records only.
+
+A score is the mean over seeds; with one seed its spread is the standard error over test samples. Beside it stands what
+was published, and in a second block the paired difference to the baseline row (`kronlab.report.paired`). What is not
+known (a published number nobody could read, a peak memory that the system does not tell) is left empty.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, NamedTuple
 
+from kronlab.errors import ConfigError
+from kronlab.report.paired import (
+    BY_BOTH,
+    BY_SAMPLES,
+    BY_SEEDS,
+    DRAWS,
+    Difference,
+    baseline_of,
+    mean_difference,
+    metric_values,
+    seed_means,
+)
 from kronlab.runs import DIVERGED, DONE, FAILED
 
 _GIB = 2**30
@@ -25,7 +39,12 @@ _LATEX = {mark: f"\\{mark}" for mark in "&%_#${}"} | {
     "±": "$\\pm$",
     "·": "$\\cdot$",
     "√": "$\\surd$",
+    "×": "$\\times$",
+    "−": "$-$",
+    "α": "$\\alpha$",
 }
+_COST = "Cost"
+_CONFIDENCE: Final = "H: read in the source itself, M: second-hand, C: computed, and it matches what is published"
 
 
 @dataclass(frozen=True)
@@ -42,32 +61,106 @@ class RowResult:
     published: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     group: str = ""
 
+    @property
+    def name(self) -> str:
+        """Label and group, for people."""
+        return f"{self.label} ({self.group})" if self.group else self.label
+
+
+class Unit(NamedTuple):
+    """How a metric is shown: `factor` times its value, with so many digits behind the point."""
+
+    factor: float
+    digits: int
+    name: str
+
+
+def unit_of(metric: str) -> Unit:
+    """Rates in percent, correlations and F1 times 100, likelihoods in nats, squared errors as they are."""
+    if metric == "nll_per_token":
+        return Unit(1.0, 3, "nats/token")
+    if metric in ("nll", "choice_nll"):
+        return Unit(1.0, 3, "nats")
+    if metric == "mse":
+        return Unit(1.0, 3, "")
+    return Unit(100.0, 1, "×100" if metric.startswith(("f1", "matthews", "pearson", "spearman")) else "%")
+
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the written table, value and spread as text for each row, and as a number for CSV."""
+    """A column of the written table, value and spread as text for each row, and as numbers for CSV.
+
+    Attributes:
+        more: further numbers of CSV, by what they are.
+        block: columns of one block stand together in a table of its own, under the block's name.
+        name: the title in CSV, where blocks stand side by side; empty: `title`.
+    """
 
     title: str
     cells: list[str]
     values: list[float | None] = field(default_factory=list)
     spreads: list[float | None] = field(default_factory=list)
+    more: Mapping[str, list[float | None]] = field(default_factory=dict)
+    block: str = ""
+    name: str = ""
+
+    def numbers(self) -> dict[str, list[float | None]]:
+        """Title in CSV -> numbers."""
+        name = self.name or self.title
+        found = {name: self.values}
+        if any(s is not None for s in self.spreads):
+            found[f"{name}: spread"] = self.spreads
+        return found | {f"{name}: {what}": numbers for what, numbers in self.more.items()}
 
 
-def paired_difference(ours: Mapping[str, Any], baseline: Mapping[str, Any]) -> tuple[float, float] | None:
-    """Mean difference of NLL per token on the same samples, and the half-width of its 95 % interval (normal, 1.96 SE).
+@dataclass(frozen=True)
+class _Score:
+    """A column of the layout: the mean over `parts`, each an (eval, metric); mostly there is one."""
 
-    Both arguments are an eval section of a record. None where the two were not graded on the same samples.
+    title: str
+    parts: list[tuple[str, str]]
+    published: str
+
+    @property
+    def unit(self) -> Unit:
+        units = dict.fromkeys(unit_of(metric) for _, metric in self.parts)
+        first = next(iter(units))
+        return first if len(units) == 1 else first._replace(name="×100" if first.factor == 100 else "")
+
+
+def scores_of(layout: Mapping[str, Any], present: Iterable[str]) -> list[_Score]:
+    """The score columns that a table has; those of an optional eval that is not `present` are left out.
+
+    The published numbers of an eval stand beside its first column, unless a column names a key of its own.
+
+    Raises:
+        ConfigError: a mean is of an eval that has no column.
     """
-    a, b = ours["samples"], baseline["samples"]
-    if ours["data_sha"] != baseline["data_sha"] or a["id"] != b["id"] or len(a["id"]) < 2:
-        return None
-    tokens = sum(a["nll_tokens"])
-    differences = [x - y for x, y in zip(a["nll"], b["nll"], strict=True)]
-    mean = math.fsum(differences) / tokens
-    n = len(differences)
-    residuals = [d - mean * t for d, t in zip(differences, a["nll_tokens"], strict=True)]
-    error = math.sqrt(n / (n - 1) * math.fsum(r * r for r in residuals)) / tokens
-    return mean, 1.96 * error
+    lacking = set(layout.get("optional_evals", [])) - set(present)
+    metrics: dict[str, str] = {}
+    for column in layout["columns"]:
+        if "eval" in column:
+            metrics.setdefault(column["eval"], column["metric"])
+    scores, seen = [], set()
+    for column in layout["columns"]:
+        evals = column.get("mean_of") or [column["eval"]]
+        unknown = [name for name in evals if name not in metrics]
+        if unknown:
+            raise ConfigError(f"column {column['title']!r}: mean_of names {unknown[0]}, which has no column of its own")
+        if lacking & set(evals):
+            continue
+        default = "mean" if "mean_of" in column else column["eval"]
+        key = column.get("published") or ("" if default in seen else default)
+        seen.add(default)
+        parts = [(name, column.get("metric") or metrics[name]) for name in evals]
+        scores.append(_Score(column["title"], parts, key))
+    return scores
+
+
+def _titled(title: str, unit: str) -> str:
+    if not unit:
+        return title
+    return f"{title[:-1]}, {unit})" if title.endswith(")") else f"{title} ({unit})"
 
 
 def _done(row: RowResult) -> list[Mapping[str, Any]]:
@@ -81,77 +174,108 @@ def _over_seeds(values: Sequence[float], errors: Sequence[float | None]) -> tupl
     return statistics.fmean(values), statistics.stdev(values)
 
 
-def metric_column(rows: Sequence[RowResult], spec: Mapping[str, Any]) -> Column:
-    """One metric of one eval over all rows, in percent for rates, in nats per token for likelihoods."""
-    rate = not spec["metric"].startswith("nll")
-    factor, digits = (100.0, 1) if rate else (1.0, 3)
-    cells: list[str] = []
-    values: list[float | None] = []
-    spreads: list[float | None] = []
+def _score_column(rows: Sequence[RowResult], score: _Score) -> Column:
+    factor, digits, name = score.unit
+    made = Column(_titled(score.title, name), [], [], [], {"seeds": []})
     for row in rows:
-        found = [
-            r["eval"][spec["eval"]]["metrics"].get(spec["metric"]) for r in _done(row) if spec["eval"] in r["eval"]
-        ]
-        found = [m for m in found if m is not None]
+        found = seed_means(row, score.parts)
+        made.more["seeds"].append(len(found))
         if not found:
             states = {r["status"] for r in row.records if r is not None}
-            cells.append(next((state for state in (DIVERGED, FAILED) if state in states), ""))
-            values.append(None)
-            spreads.append(None)
+            made.cells.append(next((state for state in (DIVERGED, FAILED) if state in states), ""))
+            made.values.append(None)
+            made.spreads.append(None)
             continue
-        value, spread = _over_seeds([m["value"] for m in found], [m["stderr"] for m in found])
-        values.append(value * factor)
-        spreads.append(None if spread is None else spread * factor)
+        value, spread = _over_seeds([v for v, _ in found.values()], [error for _, error in found.values()])
+        made.values.append(value * factor)
+        made.spreads.append(None if spread is None else spread * factor)
         text = f"{value * factor:.{digits}f}"
-        cells.append(text if spread is None else f"{text} ± {spread * factor:.{digits}f}")
-    return Column(spec["title"] + (" (%)" if rate else " (nats/token)"), cells, values, spreads)
+        made.cells.append(text if spread is None else f"{text} ± {spread * factor:.{digits}f}")
+    return made
 
 
-def difference_column(rows: Sequence[RowResult], spec: Mapping[str, Any], baseline: str) -> Column:
-    """Paired NLL difference to the baseline row at the first seed that both have."""
-    # by seed; a base model has no seed and is compared with the first
-    references = {r["config"].get("seed"): r for row in rows if row.key == baseline for r in _done(row)}
+def _published_columns(rows: Sequence[RowResult], score: _Score, ours: Column, *, comparable: bool) -> Iterator[Column]:
+    """What was published, and by how much ours is above it where the two are of the same models and data."""
+    found = [row.published.get(score.published) for row in rows]
+    if not any(found):
+        return
+    values = [None if p is None else float(p["value"]) for p in found]
+    cells = ["" if p is None else f"{p['value']:.2f} [{p['confidence']}]" for p in found]
+    yield Column(_titled(f"{score.title}: published", score.unit.name), cells, values)
+    if comparable:
+        apart = [None if a is None or b is None else a - b for a, b in zip(ours.values, values, strict=True)]
+        yield Column(
+            _titled(f"{score.title}: ours − published", score.unit.name.replace("%", "points")),
+            ["" if d is None else f"{d:+.2f}" for d in apart],
+            apart,
+        )
+
+
+def _difference_column(score: _Score, found: Sequence[Difference | None], *, baseline: str, block: str) -> Column:
+    factor, digits, name = score.unit
+
+    def text(d: Difference) -> str:
+        mean, low, high = (f"{factor * x:+.{digits}f}" for x in (d.mean, d.low, d.high))
+        return f"{mean} [{low}, {high}]" + (" *" if d.excludes_zero else "")
+
+    return Column(
+        _titled(score.title, name.replace("%", "points")),
+        ["" if d is None else text(d) for d in found],
+        [None if d is None else factor * d.mean for d in found],
+        more={
+            "low": [None if d is None else factor * d.low for d in found],
+            "high": [None if d is None else factor * d.high for d in found],
+            "seeds": [None if d is None else d.seeds for d in found],
+        },
+        block=block,
+        name=f"{score.title}: difference to {baseline}",
+    )
+
+
+def _seeds_column(rows: Sequence[RowResult], scores: Sequence[Column]) -> Column:
+    """How many seeds are in the means of a row; a base model has none."""
     cells: list[str] = []
     values: list[float | None] = []
-    spreads: list[float | None] = []
+    for i, row in enumerate(rows):
+        counts = {int(c.more["seeds"][i] or 0) for c in scores} - {0}
+        untrained = all("seed" not in r["config"] for r in _done(row))
+        values.append(min(counts) if counts and not untrained else None)
+        text = f"{min(counts)} to {max(counts)}" if len(counts) > 1 else "".join(map(str, counts))
+        cells.append("–" if counts and untrained else text)
+    return Column("seeds", cells, values)
+
+
+def _record_column(
+    rows: Sequence[RowResult], title: str, get: Callable[[Mapping[str, Any]], Any], digits: int = 0, block: str = _COST
+) -> Column:
+    """The mean of a number over the finished records that have it."""
+    values: list[float | None] = []
     for row in rows:
-        pair = None
-        mine = next((r for r in _done(row) if "seed" not in r["config"] or r["config"]["seed"] in references), None)
-        if references and mine is not None and row.key != baseline:
-            reference = references.get(mine["config"].get("seed"), next(iter(references.values())))
-            sections = [record["eval"].get(spec["eval"]) for record in (mine, reference)]
-            if None not in sections:
-                pair = paired_difference(sections[0], sections[1])
-        cells.append("" if pair is None else f"{pair[0]:+.3f} ± {pair[1]:.3f}")
-        values.append(None if pair is None else pair[0])
-        spreads.append(None if pair is None else pair[1])
-    return Column(f"{spec['title']}: difference to {baseline}, paired, 95 %", cells, values, spreads)
+        found = [v for v in map(get, _done(row)) if v is not None]
+        values.append(statistics.fmean(found) if found else None)
+    return Column(title, ["" if v is None else f"{v:,.{digits}f}" for v in values], values, block=block)
 
 
 def _cost_columns(rows: Sequence[RowResult]) -> list[Column]:
-    def column(title: str, get: Any, digits: int = 0) -> Column:
-        values: list[float | None] = []
-        for row in rows:
-            found = [get(r) for r in _done(row)]
-            found = [v for v in found if v is not None]
-            values.append(statistics.fmean(found) if found else None)
-        return Column(title, ["" if v is None else f"{v:,.{digits}f}" for v in values], values)
-
-    def train(key: str, scale: float = 1.0) -> Any:
+    def train(key: str, scale: float = 1.0) -> Callable[[Mapping[str, Any]], Any]:
         return lambda r: None if r["train"] is None or r["train"][key] is None else r["train"][key] / scale
 
     return [
-        column("trainable parameters", lambda r: r["parameters"]["trainable"]),
-        column("training time (s)", train("seconds")),
-        column("tokens/s", train("tokens_per_s")),
-        column("peak memory, training (GiB)", train("peak_memory_bytes", _GIB), 2),
-        column("final training loss", train("final_loss"), 3),
+        _record_column(rows, "training time (s)", train("seconds")),
+        _record_column(rows, "tokens/s", train("tokens_per_s")),
+        _record_column(rows, "peak memory, training (GiB)", train("peak_memory_bytes", _GIB), 2),
+        _record_column(rows, "final training loss", train("final_loss"), 3),
     ]
 
 
 @dataclass(frozen=True)
 class Table:
-    """A finished table; `write` puts it into a directory as `<name>.md`, `.csv` and `.tex`."""
+    """A finished table; `write` puts it into a directory as `<name>.md`, `.csv` and `.tex`.
+
+    Attributes:
+        groups: of each row, shown first under `group_title`; empty: rows have none.
+        seeds: what goes into `<name>.seeds.csv`, the single values behind the means; empty: there is no such file.
+    """
 
     name: str
     scale: str
@@ -161,61 +285,84 @@ class Table:
     notes: list[str]
     keys: list[str]
     row_title: str = "method"
+    groups: list[str] = field(default_factory=list)
+    group_title: str = "model"
+    seeds: str = ""
+
+    def _names(self) -> tuple[list[str], list[list[str]]]:
+        """What names the rows: titles, and for each row its group (if there are groups) and label."""
+        if not self.groups:
+            return [self.row_title], [[label] for label in self.labels]
+        return [self.group_title, self.row_title], [list(pair) for pair in zip(self.groups, self.labels, strict=True)]
+
+    def _blocks(self) -> dict[str, list[Column]]:
+        blocks: dict[str, list[Column]] = {}
+        for column in self.columns:
+            blocks.setdefault(column.block, []).append(column)
+        return blocks
 
     def markdown(self) -> str:
-        head = [self.row_title, *[c.title for c in self.columns]]
-        lines = [
-            f"# {self.title} ({self.name}, scale {self.scale})",
-            "",
-            _pipe(head),
-            _pipe(["---"] + ["---:"] * len(self.columns)),
-        ]
-        for i, label in enumerate(self.labels):
-            lines.append(_pipe([label, *[c.cells[i] for c in self.columns]]))
-        lines += ["", *[f"- {note}" for note in self.notes], ""]
+        titles, names = self._names()
+        lines = [f"# {self.title} ({self.name}, scale {self.scale})", ""]
+        for block, columns in self._blocks().items():
+            lines += [f"## {block}", ""] if block else []
+            lines.append(_pipe([*titles, *[c.title for c in columns]]))
+            lines.append(_pipe(["---"] * len(titles) + ["---:"] * len(columns)))
+            lines += [_pipe([*name, *[c.cells[i] for c in columns]]) for i, name in enumerate(names)]
+            lines.append("")
+        lines += [*[f"- {note}" for note in self.notes], ""]
         return "\n".join(lines)
 
     def csv(self) -> str:
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        head = ["key", self.row_title]
-        for c in self.columns:
-            head += [c.title, f"{c.title}: spread"] if any(s is not None for s in c.spreads) else [c.title]
-        writer.writerow(head)
-        for i, (key, label) in enumerate(zip(self.keys, self.labels, strict=True)):
-            row: list[Any] = [key, label]
-            for c in self.columns:
-                row.append("" if c.values[i] is None else f"{c.values[i]:.10g}")
-                if any(s is not None for s in c.spreads):
-                    row.append("" if c.spreads[i] is None else f"{c.spreads[i]:.6g}")
-            writer.writerow(row)
-        return out.getvalue()
+        titles, names = self._names()
+        numbers: dict[str, list[float | None]] = {}
+        for column in self.columns:
+            numbers |= column.numbers()
+        lines: list[list[Any]] = [["key", *titles, *numbers]]
+        for i, (key, name) in enumerate(zip(self.keys, names, strict=True)):
+            row = [(title, values[i]) for title, values in numbers.items()]
+            lines.append([key, *name, *["" if v is None else _number(title, v) for title, v in row]])
+        return _csv(lines)
 
     def latex(self) -> str:
         def clean(text: str) -> str:
             return "".join(_LATEX.get(mark, mark) for mark in text)
 
-        lines = [
-            "% needs \\usepackage{booktabs}",
-            "\\begin{table}\\centering",
-            f"\\caption{{{clean(self.title)}}}",
-            "\\begin{tabular}{l" + "r" * len(self.columns) + "}\\toprule",
-            " & ".join(clean(t) for t in [self.row_title, *[c.title for c in self.columns]]) + " \\\\ \\midrule",
-        ]
-        for i, label in enumerate(self.labels):
-            lines.append(" & ".join(clean(t) for t in [label, *[c.cells[i] for c in self.columns]]) + " \\\\")
-        return "\n".join([*lines, "\\bottomrule\\end{tabular}", "\\end{table}", ""])
+        def line(cells: Sequence[str]) -> str:
+            return " & ".join(map(clean, cells)) + " \\\\"
+
+        titles, names = self._names()
+        lines = ["% needs \\usepackage{booktabs}", "\\begin{table}\\centering", f"\\caption{{{clean(self.title)}}}"]
+        for block, columns in self._blocks().items():
+            lines += [f"\\par\\medskip {clean(block)}\\\\[2pt]"] if block else []
+            lines.append("\\begin{tabular}{" + "l" * len(titles) + "r" * len(columns) + "}\\toprule")
+            lines.append(line([*titles, *[c.title for c in columns]]) + " \\midrule")
+            lines += [line([*name, *[c.cells[i] for c in columns]]) for i, name in enumerate(names)]
+            lines.append("\\bottomrule\\end{tabular}")
+        return "\n".join([*lines, "\\end{table}", ""])
 
     def write(self, directory: Path) -> list[Path]:
         directory.mkdir(parents=True, exist_ok=True)
+        texts = {"md": self.markdown(), "csv": self.csv(), "tex": self.latex(), "seeds.csv": self.seeds}
         written = []
-        for suffix, text in (("md", self.markdown()), ("csv", self.csv()), ("tex", self.latex())):
-            path = directory / f"{self.name}.{suffix}"
-            scratch = path.with_suffix(f".{suffix}.tmp")
-            scratch.write_text(text)
-            scratch.replace(path)
-            written.append(path)
+        for suffix, text in texts.items():
+            if text:
+                path = directory / f"{self.name}.{suffix}"
+                scratch = directory / f"{path.name}.tmp"
+                scratch.write_text(text)
+                scratch.replace(path)
+                written.append(path)
         return written
+
+
+def _number(title: str, value: float) -> str:
+    return f"{value:.6g}" if title.endswith((": spread", ": low", ": high")) else f"{value:.10g}"
+
+
+def _csv(lines: Iterable[Iterable[Any]]) -> str:
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows(lines)
+    return out.getvalue()
 
 
 def _pipe(cells: Sequence[str]) -> str:
@@ -223,69 +370,218 @@ def _pipe(cells: Sequence[str]) -> str:
 
 
 def build(spec: Mapping[str, Any], scale: str, rows: Sequence[RowResult], *, extra_notes: Sequence[str] = ()) -> Table:
-    """Lay out a table from its config section and the records of its rows."""
-    layout = spec["scales"][scale]
-    columns: list[Column] = []
-    published = spec.get("published")
-    if published and any(row.published for row in rows):
-        read = [next(iter(row.published.values()), None) for row in rows]
-        values: list[float | None] = [None if found is None else float(found["value"]) for found in read]
-        cells = ["" if found is None else f"{found['value']:.2f} [{found['confidence']}]" for found in read]
-        columns.append(Column(f"{published['title']} ({published['unit']})", cells, values))
-    present = {name for row in rows for record in _done(row) for name in record["eval"]}
-    for column in layout["columns"]:
-        if column["eval"] not in present and column["eval"] in layout.get("optional_evals", []):
-            continue
-        columns.append(metric_column(rows, column))
-        if column["metric"] == "nll_per_token":
-            columns.append(difference_column(rows, column, spec["baseline"]))
-    columns += _cost_columns(rows)
+    """Lay out a table from its config section and the records of its rows.
+
+    Raises:
+        ConfigError: as `scores_of`.
+    """
+    layout, baseline = spec["scales"][scale], spec["baseline"]
+    scores = scores_of(layout, {name for row in rows for record in _done(row) for name in record["eval"]})
+    ours = [_score_column(rows, score) for score in scores]
+    columns = [
+        _seeds_column(rows, ours),
+        _record_column(rows, "trainable parameters", lambda r: r["parameters"]["trainable"], block=""),
+    ]
+    for score, column in zip(scores, ours, strict=True):
+        columns += [column, *_published_columns(rows, score, column, comparable=scale == "paper")]
+    references = [baseline_of(row, rows, baseline) for row in rows]
+    label = next((reference.label for reference in references if reference is not None), None)
+    differences: dict[str, list[Difference | None]] = {}
+    for score in scores if label is not None else []:
+        found = differences[score.title] = [
+            None if reference is None else mean_difference(row, reference, score.parts)
+            for row, reference in zip(rows, references, strict=True)
+        ]
+        columns.append(_difference_column(score, found, baseline=baseline, block=f"Paired difference to {label}"))
+    several = [s.title for s, c in zip(scores, ours, strict=True) if sum(v is not None for v in c.values) > 1]
+    untold = [title for title, found in differences.items() if title in several and not any(found)]
+    told = [d for found in differences.values() for d in found if d is not None]
     return Table(
         name=spec["name"],
         scale=scale,
         title=spec["title"],
         labels=[row.label for row in rows],
         keys=[row.key for row in rows],
-        columns=columns,
-        notes=[*_notes(spec, layout, rows), *extra_notes],
+        columns=[*columns, *_cost_columns(rows)],
+        notes=[*_notes(spec, scale, rows, scores, [*_interval_notes(told, untold)]), *extra_notes],
+        groups=[row.group for row in rows] if any(row.group for row in rows) else [],
+        group_title=layout.get("group_title", "model"),
+        seeds=_every_seed(rows, scores),
     )
 
 
-def _notes(spec: Mapping[str, Any], layout: Mapping[str, Any], rows: Sequence[RowResult]) -> list[str]:
+def _every_seed(rows: Sequence[RowResult], scores: Sequence[_Score]) -> str:
+    """The value of each metric in each record, in the record's own unit; cells without values have a line as well."""
+    shown = dict.fromkeys(part for score in scores for part in score.parts)
+    lines: list[list[Any]] = [
+        [
+            "row",
+            "group",
+            "method",
+            "task",
+            "seed",
+            "eval",
+            "metric",
+            "value",
+            "stderr",
+            "n",
+            "status",
+            "record",
+            "command",
+        ]
+    ]
+    for row in rows:
+        values = [(part, one) for part in shown for one in metric_values(row, *part)]
+        for record in row.records:
+            if record is None:
+                lines.append([row.key, row.group, row.label, *[""] * 7, "missing", "", ""])
+                continue
+            config = record["config"]
+            cell = [row.key, row.group, row.label, config.get("task", {}).get("name", ""), config.get("seed", "")]
+            mine = [[*part, one.value, one.stderr, one.n] for part, one in values if one.record is record]
+            for measured in mine or [[""] * 5]:
+                plain = ["" if x is None else f"{x:.10g}" if isinstance(x, float) else x for x in measured]
+                lines.append([*cell, *plain, record["status"], record["id"], record["command"]])
+    return _csv(lines)
+
+
+# ---- what stands below a table ----
+
+
+def _notes(
+    spec: Mapping[str, Any],
+    scale: str,
+    rows: Sequence[RowResult],
+    scores: Sequence[_Score],
+    on_intervals: Sequence[str],
+) -> list[str]:
+    layout = spec["scales"][scale]
     records = [record for row in rows for record in _done(row)]
-    notes = [f"Setting: {layout['about']}."]
-    # A mean over the seeds that are left would hide the others: every one that is not in it is named.
+    return [
+        f"Setting: {layout['about']}.",
+        *_absence_notes(rows, "cell" if layout.get("arms") else "seed"),
+        _seed_note(records),
+        *on_intervals,
+        *_eval_notes(records),
+        *_recipe_notes(records),
+        *[f"Machine: {text}." for text in sorted({_machine_line(r) for r in records})],
+        *_published_notes(spec, scale, rows, scores),
+        f"Made by: `make reproduce-{spec['name']} SCALE={scale}`. Every value with its seed and record: "
+        f"`{spec['name']}.seeds.csv`.",
+    ]
+
+
+def _absence_notes(rows: Sequence[RowResult], word: str) -> Iterator[str]:
+    """A mean over the cells that are left would hide the others: every one that is not in it is named."""
     for state, said in ((None, "Not run yet"), (FAILED, "Failed"), (DIVERGED, "Diverged, in no mean")):
-        lacking = {row.label: sum((r and r["status"]) == state for r in row.records) for row in rows}
-        named = [f"{label} ({n} seed{'s' if n > 1 else ''})" for label, n in lacking.items() if n]
+        lacking = {row.name: sum((r and r["status"]) == state for r in row.records) for row in rows}
+        named = [f"{name} ({n} {word}{'s' if n > 1 else ''})" for name, n in lacking.items() if n]
         if named:
-            notes.append(f"{said}: {', '.join(named)}.")
+            yield f"{said}: {', '.join(named)}."
+
+
+def _seed_note(records: Sequence[Mapping[str, Any]]) -> str:
     seeds = sorted({r["config"]["seed"] for r in records if "seed" in r["config"]})
-    spread = "standard deviation over seeds" if len(seeds) > 1 else "standard error over test samples"
-    notes.append(
-        f"Seeds: {', '.join(map(str, seeds)) or 'none'}; ± is the {spread}, for paired differences 95 % (1.96 SE)."
-    )
+    error = "standard error over test samples"
+    spread = f"standard deviation over seeds (of a single value: {error})" if len(seeds) > 1 else error
+    return f"Seeds: {', '.join(map(str, seeds)) or 'none'}; ± is the {spread}."
+
+
+def _interval_notes(differences: Sequence[Difference], untold: Sequence[str]) -> Iterator[str]:
+    kinds = dict.fromkeys(d.how for d in differences)
+    over = [f"{how} ({DRAWS:,} bootstrap draws)" for how in kinds if how != BY_SEEDS]
+    over += ["seeds alone where a record keeps no samples (Student's t)"] if BY_SEEDS in kinds else []
+    if differences:
+        few = " Few seeds are allowed for as in Student's t." if BY_BOTH in kinds else ""
+        few += " One seed: nothing is said of others." if BY_SAMPLES in kinds else ""
+        yield (
+            "Paired differences: same test samples, same seeds; in brackets their 95 % interval, over "
+            f"{'; over '.join(over)}.{few} *: it excludes 0, without correction for the number of comparisons."
+        )
+    if untold:
+        yield (
+            f"{', '.join(untold)}: no paired difference, for want of samples in the records and of a second seed, or "
+            "of seeds and test samples in common."
+        )
+
+
+def _eval_notes(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    found: dict[str, list[str]] = {}
     for name in sorted({name for r in records for name in r["eval"]}):
-        counts = sorted({r["eval"][name]["metrics"]["exact_match"]["n"] for r in records if name in r["eval"]})
-        notes.append(f"{name}: {', '.join(map(str, counts))} test samples, greedy decoding.")
-    recipes = {r["label"]: _recipe(r["config"]) for r in records if r["train"] is not None}
-    notes += [f"{label}: {recipe}." for label, recipe in recipes.items()]
-    notes += [f"Machine: {text}." for text in sorted({_machine_line(r) for r in records})]
-    if spec.get("published") and any(row.published for row in rows):
-        notes.append(" ".join(spec["published"]["note"].split()))
-    notes.append(f"Made by: `make reproduce-{spec['name']} SCALE={records[0]['scale'] if records else '...'}`.")
-    return notes
+        graded = [r for r in records if name in r["eval"]]
+        counts = sorted({next(iter(r["eval"][name]["metrics"].values()))["n"] for r in graded})
+        generation = graded[0]["config"].get("eval", {}).get(name, {}).get("generation")
+        how = "" if generation is None else ", sampled" if generation.get("sampling") else ", greedy decoding"
+        found.setdefault(f"{', '.join(map(str, counts))} test samples{how}", []).append(name)
+    for said, names in found.items():
+        yield f"{', '.join(names)}: {said}."
 
 
-def _recipe(config: Mapping[str, Any]) -> str:
-    method, trainer = config["method"], config["trainer"]
-    length = f"{trainer['max_steps']} steps" if trainer["max_steps"] > 0 else f"{trainer['epochs']} epoch(s)"
-    alpha = f"α {method['alpha']}, " if "alpha" in method else ""
-    n = config["task"]["n"]
-    return (
-        f"{alpha}lr {trainer['lr']:g}, batch {trainer['batch_size']}, {length}, "
-        f"{'all' if n is None else n} examples of {config['task']['name']}, {trainer['precision']}"
+def _recipe_notes(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """How the cells were trained: first what they share, then what follows from the task, then the methods' own."""
+    trained = [r for r in records if r["train"] is not None]
+    if not trained:
+        return
+    recipes = [(r["label"], r["config"]["task"]["name"], _recipe(r["config"])) for r in trained]
+    tasks = list(dict.fromkeys(task for _, task, _ in recipes))
+    shared, of_task, own = [], [], []
+    for key in dict.fromkeys(key for *_, recipe in recipes for key in recipe):
+        if len({recipe.get(key) for *_, recipe in recipes}) == 1:
+            shared.append(key)
+        elif len({(task, recipe.get(key)) for _, task, recipe in recipes}) == len(tasks):
+            of_task.append(key)
+        else:
+            own.append(key)
+
+    def grouped(keys: Sequence[str], name: Callable[[str, str], str]) -> str:
+        names: dict[Hashable, dict[str, None]] = {}
+        for label, task, recipe in recipes:
+            said = ", ".join(recipe[key] for key in keys if key in recipe)
+            names.setdefault(said, {})[name(label, task)] = None
+        return "; ".join(f"{', '.join(who)}: {said}" for said, who in names.items())
+
+    same = ", ".join(recipes[0][2][key] for key in shared)
+    yield f"Training on {', '.join(tasks)}: {same}." + (
+        f" {grouped(of_task, lambda _, task: task)}." if of_task else ""
     )
+    if own:
+        # a method may have another setting for each task
+        apart = len({(label, *(recipe.get(key) for key in own)) for label, _, recipe in recipes})
+        one_each = apart == len({label for label, *_ in recipes})
+        yield f"{grouped(own, lambda label, task: label if one_each else f'{label} on {task}')}."
+
+
+def _recipe(config: Mapping[str, Any]) -> dict[str, str]:
+    method, trainer, n = config["method"], config["trainer"], config["task"]["n"]
+    alpha = {"alpha": f"α {method['alpha']}"} if "alpha" in method else {}
+    return alpha | {
+        "lr": f"lr {trainer['lr']:g}",
+        "batch": f"batch {trainer['batch_size']}",
+        "length": f"{trainer['max_steps']} steps" if trainer["max_steps"] > 0 else f"{trainer['epochs']:g} epoch(s)",
+        "n": f"{'all' if n is None else f'{n:,}'} examples",
+        "precision": trainer["precision"],
+    }
+
+
+def _published_notes(
+    spec: Mapping[str, Any], scale: str, rows: Sequence[RowResult], scores: Sequence[_Score]
+) -> Iterator[str]:
+    sources: dict[str, dict[str, None]] = {}
+    for score in scores:
+        for row in rows:
+            if found := row.published.get(score.published):
+                sources.setdefault(f"{found['source']} [{found['confidence']}]", {})[score.title] = None
+    if not sources:
+        return
+    told = "; ".join(f"{source}: {', '.join(titles)}" for source, titles in sources.items())
+    apart = (
+        ""
+        if scale == "paper"
+        else " They are of the papers' models and data: nothing at this scale compares with them."
+    )
+    yield f"Published numbers: {told} ({_CONFIDENCE}).{apart}"
+    if note := spec.get("published", {}).get("note"):
+        yield " ".join(note.split())
 
 
 def _machine_line(record: Mapping[str, Any]) -> str:
