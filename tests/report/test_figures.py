@@ -269,13 +269,13 @@ def test_loss_is_the_mean_over_windows_and_seeds(tmp_path: Path) -> None:
     assert "No loss curve kept: label of c48." in words(without).replace("\n", " ")
 
 
-def test_without_a_window_a_curve_has_at_most_forty_points(tmp_path: Path) -> None:
+def test_without_a_window_a_curve_has_at_most_25_points(tmp_path: Path) -> None:
     found = rows(seeds=1)
     record = found[1].records[0]
     assert record is not None
     write_losses(tmp_path, dict(record), [1.0] * 399)
     _, points = plotted({"kind": "loss"}, found, tmp_path)
-    assert [point.x for point in points] == [10.0 * k for k in range(1, 40)]
+    assert [point.x for point in points] == [16.0 * k for k in range(1, 25)]
 
 
 # ---- forest ----

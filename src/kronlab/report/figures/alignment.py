@@ -8,10 +8,9 @@ from typing import Any
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from kronlab.report.alignment import layers_by_kind, measured, predicted
-from kronlab.report.figures.style import BLACK, METHOD_COLOURS, STYLE
+from kronlab.report.figures.style import BLACK, METHOD_COLOURS, STYLE, log_ticks
 
 
 @rc_context(STYLE)
@@ -59,8 +58,6 @@ def _panel(axes: Axes, record: Mapping[str, Any], optimiser: str) -> None:
     axes.plot([min(ends), max(ends)], [min(ends), max(ends)], color=BLACK, linewidth=0.8, linestyle="--")
     axes.set_xscale("log")
     axes.set_yscale("log", nonpositive="clip")
-    for axis in (axes.xaxis, axes.yaxis):  # at 1, 2 and 5 of each decade: every tick of its own would overlap
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axis.set_minor_formatter(NullFormatter())
+    for axis in (axes.xaxis, axes.yaxis):  # every tick of its own would overlap
+        log_ticks(axis)
     axes.set_xlabel("predicted √(r / (r + r1·d_in/r2))")

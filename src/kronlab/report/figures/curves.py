@@ -108,12 +108,12 @@ def _lines(axes: Axes, source: Source, points: Sequence[Point]) -> dict[str, Any
     handles = {}
     for (method, group), members in series.items():
         look = looks[next(key for key in of_row if of_row[key] == (method, group))]
-        means = sorted((point for point in members if point.is_mean), key=lambda point: point.x or 0)
+        means = sorted((point for point in members if point.is_mean), key=lambda point: point.position)
         seeds = [point for point in members if not point.is_mean and _seeds_of(means, point) > 1]
-        beside = [_BESIDE * (p.x or 0) for p in seeds]
+        beside = [_BESIDE * p.position for p in seeds]
         axes.plot(beside, [p.value for p in seeds], "o", color=look.colour, alpha=_FAINT, markersize=3.5, mew=0)
         bars = axes.errorbar(
-            [p.x for p in means],
+            [p.position for p in means],
             [p.value for p in means],
             yerr=whiskers(means),
             color=look.colour,
@@ -123,7 +123,7 @@ def _lines(axes: Axes, source: Source, points: Sequence[Point]) -> dict[str, Any
         )
         name = means[0].label if len(means) == 1 else _family(means[0].label)
         handles[f"{name}, {group}" if group else name] = bars
-    ticks = sorted({point.x for point in points if point.x is not None})
+    ticks = sorted({point.position for point in points})
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -62,7 +62,7 @@ def place_labels(
     unit = figure.dpi / 72  # pixels in a point
 
     def box_of(text: Annotation) -> np.ndarray:
-        return text.get_window_extent(renderer).extents / unit
+        return np.asarray(text.get_window_extent(renderer).extents) / unit
 
     def at(x: float, y: float) -> np.ndarray:
         return np.asarray(axes.transData.transform((x, y))) / unit
@@ -72,13 +72,13 @@ def place_labels(
     thin = []
     for label in labels:
         if label.low is not None and label.high is not None:
-            ends = at(label.x, label.low), at(label.x, label.high)
-            thin.append(np.concatenate([ends[0] - [_BAR / 2, 0], ends[1] + [_BAR / 2, 0]]))
+            half = np.array([_BAR / 2, 0])
+            thin.append(np.concatenate([at(label.x, label.low) - half, at(label.x, label.high) + half]))
     for corners in steps:
         for (x0, y0), (x1, y1) in pairwise(corners):
-            ends = at(x0, y0), at(x1, y0), at(x1, y1)
-            thin += [np.concatenate([np.minimum(a, b) - 1, np.maximum(a, b) + 1]) for a, b in pairwise(ends)]
-    inside = axes.get_window_extent(renderer).extents / unit
+            turns = [at(x0, y0), at(x1, y0), at(x1, y1)]
+            thin += [np.concatenate([np.minimum(a, b) - 1, np.maximum(a, b) + 1]) for a, b in pairwise(turns)]
+    inside = np.asarray(axes.get_window_extent(renderer).extents) / unit
     anchors = np.array([at(label.x, label.y) for label in labels])
     texts = [axes.annotate(label.text, (label.x, label.y), (0, 0), **_CENTRED) for label in labels]
     sizes = np.array([box[2:] - box[:2] for box in map(box_of, texts)]) + 3.0
@@ -89,8 +89,8 @@ def place_labels(
         axes.annotate(label.text, (label.x, label.y), tuple(offset.tolist()), arrowprops=line, **_CENTRED)
 
 
-_OFFSET: Final = {"textcoords": "offset points", "fontsize": SMALL}
-_CENTRED: Final = {**_OFFSET, "ha": "center", "va": "center"}
+_OFFSET: Final[Any] = {"textcoords": "offset points", "fontsize": SMALL}
+_CENTRED: Final[Any] = {**_OFFSET, "ha": "center", "va": "center"}
 
 
 def _offsets(

@@ -9,13 +9,12 @@ from typing import Any, Final
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from kronlab.report.figures.points import Point, Source, absences, done
-from kronlab.report.figures.style import STYLE, WIDTH, caption
+from kronlab.report.figures.style import STYLE, WIDTH, caption, log_ticks
 from kronlab.runs import Store, read_jsonl
 
-_POINTS: Final = 40  # of a curve, where the entry states no window
+_POINTS: Final = 25  # of a curve, where the entry states no window
 
 
 def gather(source: Source, entry: Mapping[str, Any]) -> list[Point]:
@@ -71,22 +70,20 @@ def plot(source: Source, entry: Mapping[str, Any], points: Sequence[Point]) -> F
     axes = figure.subplots()
     for key in order:
         look, line = looks[key], lines[key]
-        steps = [point.x for point in line]
+        steps = [point.position for point in line]
         label = f"{line[0].name}  {line[-1].value:#.3g}"
         axes.plot(steps, [point.value for point in line], color=look.colour, linestyle=look.dash, label=label)
         if any(point.low is not None for point in line):
             low, high = ([getattr(p, end) or p.value for p in line] for end in ("low", "high"))
             axes.fill_between(steps, low, high, color=look.colour, alpha=0.08, linewidth=0)
     axes.set_yscale("log", nonpositive="mask")
-    low, high = axes.get_ylim()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if high < 12 * low else (1, 2, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    log_ticks(axes.yaxis)
     axes.set_xlabel("training step")
     axes.set_ylabel("training loss (nats)")
     figure.legend(loc="outside right upper", title="method, last value", alignment="left", handlelength=2.4)
-    window = round(points[0].x or 0)
-    sentences = [f"{source.spec['name']}, scale {source.scale}; means over windows of {window} steps and over seeds"]
+    window = round(points[0].position)
+    means = f"means over windows of {window} steps and over seeds" if window > 1 else "means over seeds"
+    sentences = [f"{source.spec['name']}, scale {source.scale}; {means}"]
     if any(point.seeds > 1 for point in points):
         sentences[0] += "; bands: from the lowest to the highest seed"
     lost = [row.label for row in rows if done(row) and not lines[row.key]]

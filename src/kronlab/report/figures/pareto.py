@@ -20,7 +20,7 @@ from kronlab.report.figures.points import (
     unit_of,
     whiskers,
 )
-from kronlab.report.figures.style import GREY, STYLE, WIDTH, caption
+from kronlab.report.figures.style import GREY, STYLE, WIDTH, caption, log_ticks
 
 
 def gather(source: Source, entry: Mapping[str, Any]) -> list[Point]:
@@ -53,7 +53,7 @@ def plot(source: Source, entry: Mapping[str, Any], points: Sequence[Point]) -> F
     figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
     axes = figure.subplots()
     axes.set_xscale("log")
-    budgets = [point.x or 0 for point in placed]
+    budgets = [point.position for point in placed]
     if min(budgets) == max(budgets):  # nothing to scale the axis by
         axes.set_xlim(budgets[0] / 10, budgets[0] * 10)
     groups = list(dict.fromkeys(point.group for point in placed))
@@ -62,31 +62,47 @@ def plot(source: Source, entry: Mapping[str, Any], points: Sequence[Point]) -> F
         members = [point for point in placed if point.group == group]
         colour = looks[members[0].key].colour if len(groups) > 1 else GREY
         best = front(members, less_is_better=unit.less_is_better)
-        fronts.append([(point.x or 0, point.value) for point in best])
+        fronts.append([(point.position, point.value) for point in best])
         axes.step(*zip(*fronts[-1], strict=True), ":", where="post", color=colour, zorder=1)
         if len(groups) > 1:
             axes.plot([], [], "o:", color=colour, label=group)
     for point in placed:
         look = looks[point.key]
-        bars = {"fmt": "none", "elinewidth": 0.9, "alpha": 0.6, "zorder": 2}
-        axes.errorbar([point.x], [point.value], yerr=whiskers([point]), ecolor=look.colour, **bars)
+        bars: Any = {"fmt": "none", "elinewidth": 0.9, "alpha": 0.6, "zorder": 2}
+        axes.errorbar([point.position], [point.value], yerr=whiskers([point]), ecolor=look.colour, **bars)
         axes.plot(
-            [point.x], [point.value], look.marker, color=look.colour, markersize=7, mec="white", mew=0.7, zorder=3
+            [point.position],
+            [point.value],
+            look.marker,
+            color=look.colour,
+            markersize=7,
+            mec="white",
+            mew=0.7,
+            zorder=3,
         )
     for point in across:
         colour = looks[point.key].colour
         axes.axhline(point.value, color=colour, linewidth=1, linestyle="--", zorder=1)
+    axes.margins(x=0.16, y=0.1)
+    log_ticks(axes.xaxis, _count)
     axes.set_xlabel("trainable parameters")
     axes.set_ylabel(f"{metric_title(source, entry)}, {unit.better}")
-    axes.margins(x=0.16, y=0.1)
     if len(groups) > 1:
         figure.legend(loc="outside upper center", ncols=len(groups))
     sentences = caption_of(source, points, source.pick(entry.get("rows")))
     caption(figure, [f"{sentences[0]}; dotted: the best for so many parameters", *sentences[1:]])
     labels = [  # the group is told by the colour
-        Label(point.label, point.x or 0, point.value, point.low, point.high, looks[point.key].colour)
+        Label(point.label, point.position, point.value, point.low, point.high, looks[point.key].colour)
         for point in placed
     ]
     lines = [Label(point.name, axes.get_xlim()[0], point.value) for point in across]
     place_labels(figure, axes, labels, lines=lines, steps=fronts)
     return figure
+
+
+def _count(value: float) -> str:
+    """1500 -> 1.5k."""
+    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= unit:
+            return f"{value / unit:g}{name}"
+    return f"{value:g}"

@@ -107,6 +107,12 @@ class Point:
         return not self.record
 
     @property
+    def position(self) -> float:
+        """`x` of a point that has one."""
+        assert self.x is not None
+        return self.x
+
+    @property
     def name(self) -> str:
         """The row's label, with its group if it has one."""
         return f"{self.label}, {self.group}" if self.group else self.label

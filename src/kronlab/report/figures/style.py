@@ -8,14 +8,16 @@ than hues: methods that are akin share one, and marker and dash tell them apart 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from matplotlib import rc_context
+from matplotlib.axis import Axis
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 # Text stays text in SVG; ids are drawn from this salt instead of a random one. White is painted, so that a figure can
 # be read on a dark page too.
@@ -104,6 +106,18 @@ def caption(figure: Figure, sentences: Iterable[str]) -> None:
     letters = round(figure.get_figwidth() * 72 / (0.53 * SMALL))  # of DejaVu Sans, on average
     text = textwrap.fill(" ".join(sentence.rstrip(".") + "." for sentence in sentences), letters)
     figure.supxlabel(text, x=0.01, ha="left", fontsize=SMALL, color="#444444")
+
+
+def log_ticks(axis: Axis, text: Callable[[float], str] = "{:g}".format) -> None:
+    """Label a logarithmic axis, whose limits are final, at 1, 2 and 5 of each decade; evenly if it is a short one."""
+    low, high = axis.get_view_interval()
+    if high < 4 * low:
+        axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+        axis.set_minor_locator(NullLocator())
+    else:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7) if high < 12 * low else (1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def write_figure(figure: Figure, directory: Path, name: str) -> list[Path]:
