@@ -41,6 +41,16 @@ _TAIL: Final = (1 - CONFIDENCE) / 2
 _DIGITS: Final = 12  # what is equal up to rounding is equal
 
 
+class Term(NamedTuple):
+    """A summand of a contrast: weight · (metric of `row` - metric of `baseline_row`)."""
+
+    weight: float
+    row: RowResult
+    baseline_row: RowResult
+    eval: str
+    metric: str
+
+
 class Measured(NamedTuple):
     """One metric of one finished cell; `seed` is None for a base model, which has none."""
 
@@ -123,23 +133,25 @@ def difference(row: RowResult, baseline_row: RowResult, eval: str, metric: str) 
 
 def mean_difference(row: RowResult, baseline_row: RowResult, parts: Sequence[tuple[str, str]]) -> Difference | None:
     """As `difference`, of the unweighted mean over several (eval, metric), at the seeds that have all of them."""
-    found = [_pairs(row, baseline_row, *part) for part in parts]
+    return contrast([Term(1 / len(parts), row, baseline_row, *part) for part in parts])
+
+
+def contrast(terms: Sequence[Term]) -> Difference | None:
+    """As `difference`, of a weighted sum of differences (e.g. a slope over rows), at the seeds common to all."""
+    found = [_pairs(term.row, term.baseline_row, term.eval, term.metric) for term in terms]
     seeds = [seed for seed in found[0] if all(seed in other for other in found)]
     if not seeds:
         return None
-    # [seed][part] -> pairs; more than one where a row has several cells of one seed
-    grid = [[pairs[seed] for pairs in found] for seed in seeds]
+    # [seed][term] -> pairs; more than one where a row has several cells of one seed
+    grid = [[(term.weight, pairs[seed]) for term, pairs in zip(terms, found, strict=True)] for seed in seeds]
     deltas = np.array(
-        [statistics.fmean(statistics.fmean(p.delta for p in pairs) for pairs in at_seed) for at_seed in grid]
+        [math.fsum(weight * statistics.fmean(p.delta for p in pairs) for weight, pairs in at_seed) for at_seed in grid]
     )
     mean, count = float(deltas.mean()), len(seeds)
-    if any(pair.terms is None for at_seed in grid for pairs in at_seed for pair in pairs):
-        if count == 1:
-            return None
-        half = _student(count) * float(deltas.std(ddof=1)) / math.sqrt(count)
-        return Difference(mean, mean - half, mean + half, count, BY_SEEDS)
+    if any(pair.terms is None for at_seed in grid for _, pairs in at_seed for pair in pairs):
+        return over_seeds(deltas.tolist())
     weighted = [
-        (pair, 1 / (count * len(parts) * len(pairs))) for at_seed in grid for pairs in at_seed for pair in pairs
+        (pair, weight / (count * len(pairs))) for at_seed in grid for weight, pairs in at_seed for pair in pairs
     ]
     drawn = mean + _resampled(weighted)
     if count > 1:
@@ -148,6 +160,15 @@ def mean_difference(row: RowResult, baseline_row: RowResult, parts: Sequence[tup
         drawn += widened * (deltas - mean)[chosen].mean(1)
     low, high = np.quantile(np.round(drawn, _DIGITS), [_TAIL, 1 - _TAIL])
     return Difference(mean, float(low), float(high), count, BY_BOTH if count > 1 else BY_SAMPLES)
+
+
+def over_seeds(values: Sequence[float]) -> Difference | None:
+    """Mean of one number for each seed with Student's interval; None for fewer than two."""
+    count = len(values)
+    if count < 2:
+        return None
+    mean, half = statistics.fmean(values), _student(count) * statistics.stdev(values) / math.sqrt(count)
+    return Difference(mean, mean - half, mean + half, count, BY_SEEDS)
 
 
 def _student(count: int) -> float:
