@@ -30,6 +30,8 @@ from kronlab.sequence import RESOLVED, first_look, plain, with_stages
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 SCALES = ("smoke", "mini", "small", "paper")
+# In configs, ${repo:examples/made_up} is that folder of this checkout, wherever a script is started.
+OmegaConf.register_new_resolver("repo", lambda path: str(CONFIG_DIR.parent / path), replace=True)
 RECORD_SCHEMA = 1
 
 # Facts about a model config that change no number: where its weights lie, what one may do with them.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -26,13 +26,15 @@ class Encoded:
 
     Causal models read `input_ids` = prompt + completion + EOS, and `labels` the same with the prompt ignored.
     Encoder-decoder models read the prompt as `input_ids`; `labels` is completion + EOS.
-    For a classification head, `labels` is one class or one score (`kronlab.classification`).
+    For a classification head, `labels` is one class or one score (`kronlab.classification`); for multiple choice it is
+    the index of the right choice, and `input_ids` are all choices one after another (`kronlab.multiple_choice`).
     """
 
     input_ids: list[int]
     labels: list[int] | list[float]
     truncated: bool = False
     token_type_ids: list[int] | None = None  # which sentence of a pair, where the model is told
+    choices: list[int] | None = None  # multiple choice: the length of each choice in input_ids
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -65,8 +67,10 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerBase, *, causal: bool
 def collate(rows: Sequence[Encoded], *, pad_id: int) -> dict[str, Tensor]:
     """Pad on the right to the longest row: input_ids, attention_mask (B, T) and labels (B, T or longest completion).
 
-    token_type_ids (B, T) are there if the rows have them.
+    token_type_ids (B, T) are there if the rows have them. Rows with choices become (B, K, T), see `_collate_choices`.
     """
+    if rows[0].choices is not None:
+        return _collate_choices(rows, pad_id)
 
     def padded(lists: Sequence[Sequence[float]], value: int) -> Tensor:
         longest = max(map(len, lists))
@@ -80,6 +84,28 @@ def collate(rows: Sequence[Encoded], *, pad_id: int) -> dict[str, Tensor]:
     }
     sentences = [row.token_type_ids for row in rows if row.token_type_ids is not None]
     return batch | {"token_type_ids": padded(sentences, 0)} if sentences else batch
+
+
+def _collate_choices(rows: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:
+    """input_ids, attention_mask, token_type_ids (B, K, T), labels (B, 1), choice_mask (B, K): the choices there are.
+
+    A choice that a question lacks is one padding token that is attended to: no row of the attention is empty.
+    """
+    most = max(len(row.choices or ()) for row in rows)
+    blank = Encoded([pad_id], [0], token_type_ids=[0])
+    flat: list[Encoded] = []
+    mask = torch.zeros(len(rows), most, dtype=torch.bool)
+    for number, row in enumerate(rows):
+        at = 0
+        for k, length in enumerate(row.choices or ()):
+            kinds = row.token_type_ids[at : at + length] if row.token_type_ids is not None else None
+            flat.append(Encoded(row.input_ids[at : at + length], [0], token_type_ids=kinds))
+            mask[number, k] = True
+            at += length
+        told = row.token_type_ids is not None
+        flat += [blank if told else replace(blank, token_type_ids=None)] * (most - len(row.choices or ()))
+    batch = {name: value.view(len(rows), most, -1) for name, value in collate(flat, pad_id=pad_id).items()}
+    return batch | {"labels": torch.tensor([row.labels for row in rows]), "choice_mask": mask}
 
 
 class Objective(Protocol):

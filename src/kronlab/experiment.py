@@ -34,6 +34,7 @@ from kronlab.evals.harness import Subject
 from kronlab.evals.registry import harness_of
 from kronlab.evaluate import evaluate, score
 from kronlab.generate import ready_to_grade
+from kronlab.multiple_choice import MultipleChoiceHead, encode_question
 from kronlab.runs import Store
 from kronlab.train import Diverged, TrainReport, newest_checkpoint, train
 
@@ -197,14 +198,16 @@ def _check_architecture(config: dict[str, Any]) -> None:
 
 
 def _head(config: dict[str, Any]) -> models.Head | None:
-    """The classification head that the evals, and the task if anything is trained, ask for.
+    """The head that the evals, and the task if anything is trained, ask for.
 
     Raises:
         ConfigError: they do not agree on the classes.
     """
+    training = methods.trains(config["method"])
+    if config["model"]["architecture"] == "multiple_choice":  # one score for each choice
+        return models.Head(labels=(), seed=config["seed"] if training else 0)
     if config["model"]["architecture"] != "sequence_classification":
         return None
-    training = methods.trains(config["method"])
     asking = {f"eval {name}": settings for name, settings in config["eval"].items()}
     if training:
         asking |= {f"task {task['name']}": task for task in [*(config.get("after") or []), config["task"]]}
@@ -225,6 +228,8 @@ def _road(config: dict[str, Any], network: nn.Module, tokenizer: Any) -> tuple[C
         regression = not class_labels(config["task"]["source"])
         read = partial(encode_sentences, tokenizer=tokenizer, max_length=max_length)
         return read, ClassificationHead(network, regression=regression)
+    if architecture == "multiple_choice":
+        return partial(encode_question, tokenizer=tokenizer, max_length=max_length), MultipleChoiceHead(network)
     causal = architecture == "causal_lm"
     read = partial(encode, tokenizer=tokenizer, causal=causal, max_length=max_length)
     return read, SupervisedHead(network, causal=causal, rows_at_once=config["trainer"]["loss_rows"])

@@ -87,7 +87,7 @@ class Choice(Harness):
             "answer_norm": answer_norm,
             "correct": correct,
             "correct_norm": readable and answer_norm == right,
-            "choice_nll": _log_sum_exp(values) - float(values[right]) if readable else math.nan,
+            "choice_nll": log_sum_exp(values) - float(values[right]) if readable else math.nan,
             "reason": "right" if correct else "wrong answer" if readable else "not finite",
         }
 
@@ -106,9 +106,10 @@ class Choice(Harness):
         }
 
 
-def _log_sum_exp(values: np.ndarray) -> float:
-    top = float(values.max())
-    return top + math.log(float(np.exp(values - top).sum()))
+def log_sum_exp(values: np.ndarray | Sequence[float]) -> float:
+    """log sum exp(values), without overflow."""
+    top = float(np.max(values))
+    return top + math.log(float(np.exp(np.asarray(values) - top).sum()))
 
 
 def pairs_of(example: Example) -> list[tuple[str, str]]:

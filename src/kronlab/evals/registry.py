@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kronlab.evals.choice import Choice
+from kronlab.evals.choice_head import ChoiceHead
 from kronlab.evals.code import Code
 from kronlab.evals.generation import Generation
 from kronlab.evals.glue import Classification, LabelWords
@@ -10,7 +11,8 @@ from kronlab.evals.harness import Harness, Settings
 from kronlab.evals.lm_eval import LmEval
 
 HARNESSES: dict[str, Harness] = {
-    harness.kind: harness for harness in (Generation(), Classification(), LabelWords(), Choice(), LmEval(), Code())
+    harness.kind: harness
+    for harness in (Generation(), Classification(), LabelWords(), Choice(), ChoiceHead(), LmEval(), Code())
 }
 """Kind -> harness; an eval section without `kind` is "generation"."""
 
