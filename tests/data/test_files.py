@@ -384,7 +384,7 @@ def test_unknown_sources_and_keys() -> None:
     assert "unknown key 'calculator'; did you mean 'calculator_annotations'" in refused(
         ConfigError, lambda: load({**GSM8K, "calculator": True}, "train")
     )
-    assert "no split 'validation': it has train, test" in refused(ConfigError, lambda: load(GSM8K, "validation"))
+    assert "no split 'dev': it has train, test" in refused(ConfigError, lambda: load(GSM8K, "dev"))
     assert "n=2.5 must be a positive integer" in refused(ConfigError, lambda: load(GSM8K, "train", 2.5))  # type: ignore[arg-type]
 
 
