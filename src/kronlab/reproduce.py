@@ -16,6 +16,7 @@ import torch
 
 from kronlab.cell import SCALES, Cell
 from kronlab.errors import ConfigError, KronlabError
+from kronlab.estimate import describe
 from kronlab.experiment import run_cell
 from kronlab.layout import Find, Part, PlannedRow, Unavailable, Unrecorded, layout_of, plan
 from kronlab.report.tables import RowResult, Table, build
@@ -143,6 +144,9 @@ def _from_cells(spec: Mapping[str, Any], scale: str, request: Request) -> Table 
     for note in notes:
         log.info("%s", note)
     log.info("%s at scale %s: %s", spec["name"], scale, _summary(rows, find))
+    if not request.render_only:
+        for line in describe([part.cell for row in rows for part in (*row.trials, *row.parts)], store):
+            log.info("%s", line)
     if request.dry_run:
         _list(rows, find)
         return None

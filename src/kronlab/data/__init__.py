@@ -24,10 +24,19 @@ from kronlab.data import (
     mixture,
     reasoning_gym,
 )
-from kronlab.data.common import Example, LengthFn, check_n, did_you_mean, fingerprint
+from kronlab.data.common import Example, LengthFn, check_n, did_you_mean, find_local, fingerprint
 from kronlab.errors import ConfigError, KronlabError
 
-__all__ = ["LOADERS", "Example", "available", "class_labels", "few_shot", "fingerprint", "load_examples"]
+__all__ = [
+    "LOADERS",
+    "Example",
+    "available",
+    "class_labels",
+    "few_shot",
+    "fingerprint",
+    "load_examples",
+    "origins",
+]
 
 LOADERS = {
     "reasoning_gym": reasoning_gym,
@@ -84,6 +93,22 @@ def available(source: Mapping[str, Any], split: str, data_dir: str | None) -> tu
         return _loader(source).probe(source, split, data_dir)
     except KronlabError as e:
         return False, str(e)
+
+
+def origins(source: Mapping[str, Any], split: str, data_dir: str | None) -> dict[str, bool]:
+    """What a split is read from -> whether it is there as a local file. Asks no network.
+
+    A hub dataset's name, or where no hub dataset has the split, the path of the local file that it needs. Empty for
+    what is generated, lies in a user's file, or is fetched by lm-eval.
+    """
+    module = _loader(source)
+    if hasattr(module, "_places"):
+        places = module._places(source, split)
+    elif hasattr(module, "_place"):
+        places = [module._place(source, split)]
+    else:
+        return {}
+    return {place.hub or place.local[0]: find_local(data_dir, place.local) is not None for place in places}
 
 
 def class_labels(source: Mapping[str, Any]) -> tuple[str, ...]:
