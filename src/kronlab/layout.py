@@ -211,8 +211,20 @@ class _Planner:
         return layout_of(self.spec, self.scale)
 
     @cached_property
-    def arms(self) -> Mapping[str, Sequence[str]]:
-        return self.layout.get("arms") or {"": []}
+    def groups(self) -> Mapping[str, Any]:
+        return self.layout.get("groups") or {"": []}
+
+    def _of_group(self, group: str) -> Sequence[str]:
+        """A group's overrides; in the config a list of them, or a mapping with arms of the group's own."""
+        found = self.groups[group]
+        overrides: Sequence[str] = found["overrides"] if isinstance(found, Mapping) else found
+        return overrides
+
+    def arms(self, group: str) -> Mapping[str, Sequence[str]]:
+        """The arms of a group's rows: its own, else the layout's."""
+        found = self.groups[group]
+        own = found.get("arms") if isinstance(found, Mapping) else None
+        return own or self.layout.get("arms") or {"": []}
 
     @cached_property
     def tunings(self) -> dict[str, Tuning]:
@@ -221,7 +233,8 @@ class _Planner:
         if not section:
             return {}
         where = f"{self.spec['name']}, scale {self.scale}: tune"
-        tunings = {arm: Tuning.read(section, where=where, arm=arm) for arm in self.arms}
+        arms = dict.fromkeys(arm for group in self.groups for arm in self.arms(group))
+        tunings = {arm: Tuning.read(section, where=where, arm=arm) for arm in arms}
         for key in {tuning.key for tuning in tunings.values()}:
             if any(override.lstrip("+").partition("=")[0] == key for override in self.extra):
                 raise ConfigError(f"{key} is tuned in {self.spec['name']} and cannot be given")
@@ -238,7 +251,7 @@ class _Planner:
             raise ConfigError(f"{self.spec['name']}, row {key}: {reason}") from error
 
     def _row(self, group: str, key: str) -> PlannedRow:
-        configs = {arm: self._compose(group, arm, key) for arm in self.arms}
+        configs = {arm: self._compose(group, arm, key) for arm in self.arms(group)}
         trials: list[Part] = []
         choices: dict[str, Choice] = {}
         parts: dict[str, Part] = {}
@@ -281,8 +294,8 @@ class _Planner:
             [
                 f"scale={self.scale}",
                 *layout.get("common", []),
-                *(layout.get("groups") or {}).get(group, []),
-                *self.arms[arm],
+                *self._of_group(group),
+                *self.arms(group)[arm],
                 *self.spec["rows"][key]["overrides"],
                 *layout.get("row_overrides", {}).get(key, []),
                 *trial,
