@@ -1,4 +1,4 @@
-"""Every table there is: made whole at scale smoke, and planned at every other scale, with nothing at hand."""
+"""Every table there is: made whole at scale smoke and planned at every scale, without data, weights or a network."""
 
 from __future__ import annotations
 
@@ -18,6 +18,15 @@ QUIET = ["runtime.progress=false", "runtime.threads=1"]
 def spec(name: str) -> dict[str, Any]:
     found: Any = OmegaConf.to_container(compose_config([f"table={name}"], name="tables").table, resolve=True)
     return found  # type: ignore[no-any-return]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.delenv("KRONLAB_DATA", raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture(scope="session")

@@ -311,7 +311,7 @@ class _Planner:
         optional = [name for name in self.layout.get("optional_evals", []) if name in config.eval]
         first = None
         for dropped in self.leave_out.candidates(config, optional):
-            candidate = config.copy()
+            candidate = config.copy() if dropped else config
             with open_dict(candidate):
                 for name in dropped:
                     del candidate.eval[name]
