@@ -334,7 +334,7 @@ def _storage_faults(storage: Mapping[str, Any], method: Mapping[str, Any]) -> It
     if form is not None and method["name"] in ("none", "full"):
         yield f"adapter_storage.kind={form['kind']!r}: method={method['name']} has no adapter to store"
     if form is not None and moves_base(method):
-        yield f"adapter_storage.kind={form['kind']!r}: {label(method)} has a start that it is stored with: not measured yet"
+        yield f"adapter_storage.kind={form['kind']!r}: {label(method)} is stored with a start: not measured yet"
 
 
 def compose_config(overrides: Sequence[str], *, name: str = "config") -> DictConfig:

@@ -19,6 +19,7 @@ from kronlab.errors import ConfigError, KronlabError
 from kronlab.estimate import describe
 from kronlab.experiment import run_cell
 from kronlab.layout import Find, Part, PlannedRow, Unavailable, Unrecorded, layout_of, plan
+from kronlab.report import sequential
 from kronlab.report.tables import RowResult, Table, build
 from kronlab.runs import Store
 from kronlab.tuning import rule
@@ -84,7 +85,7 @@ def load_rows(spec: Mapping[str, Any], scale: str, results_dir: str | Path) -> l
         ConfigError: the table is not made of cells, or has no such scale.
     """
     kind = spec.get("kind", "cells")
-    if kind != "cells":
+    if kind not in BUILDERS:
         raise ConfigError(f"{spec['name']} is made of no cells (kind={kind}): it has no rows of records")
     store = Store(results_dir)
     return _results(_recorded_rows(spec, scale, store, [])[0], store)
@@ -159,7 +160,8 @@ def _from_cells(spec: Mapping[str, Any], scale: str, request: Request) -> Table 
         failed += [f"{name}: {c.why_not()}" for row in rows for name, c in row.tuned() if c.value is None]
         failed += _run([p for row in rows if not row.awaits for p in row.parts], after=len(trials), total=total)
     finished = _results(rows, store)
-    table = build(spec, scale, finished, extra_notes=[*notes, *_tuning_notes(rows), *_missing_notes(rows, finished)])
+    lay_out = BUILDERS[spec.get("kind", "cells")]
+    table = lay_out(spec, scale, finished, extra_notes=[*notes, *_tuning_notes(rows), *_missing_notes(rows, finished)])
     written = table.write(Path(request.results_dir) / "tables" / scale)
     if spec["scales"][scale].get("figures"):
         from kronlab.report.figures import draw  # matplotlib is slow to import
@@ -270,9 +272,12 @@ def _from_alignment(spec: Mapping[str, Any], scale: str, request: Request) -> Ta
     )
 
 
+# How a table that is made of cells is laid out, by its `kind`.
+BUILDERS: dict[str, Callable[..., Table]] = {"cells": build, "sequential": sequential.build}
+
 # What a table can be made of: the `kind` of its config.
 MAKERS: dict[str, Callable[[Mapping[str, Any], str, Request], Table | None]] = {
-    "cells": _from_cells,
+    **dict.fromkeys(BUILDERS, _from_cells),
     "bench": _from_bench,
     "align": _from_alignment,
 }

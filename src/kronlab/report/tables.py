@@ -42,6 +42,8 @@ _LATEX = {mark: f"\\{mark}" for mark in "&%_#${}"} | {
     "×": "$\\times$",
     "−": "$-$",
     "α": "$\\alpha$",
+    "Δ": "$\\Delta$",
+    "→": "$\\to$",
 }
 _COST = "Cost"
 _CONFIDENCE: Final = "H: read in the source itself, M: second-hand, C: computed, and it matches what is published"
@@ -260,7 +262,16 @@ def _cost_columns(rows: Sequence[RowResult]) -> list[Column]:
     def train(key: str, scale: float = 1.0) -> Callable[[Mapping[str, Any]], Any]:
         return lambda r: None if r["train"] is None or r["train"][key] is None else r["train"][key] / scale
 
+    def storage(key: str, scale: float = 1.0) -> Callable[[Mapping[str, Any]], Any]:
+        return lambda r: None if r.get("storage", {}).get(key) is None else r["storage"][key] / scale
+
+    stored = [
+        _record_column(rows, "adapter as stored (KiB)", storage("file_bytes", 1024), 1),
+        _record_column(rows, "bits a parameter", storage("bits_per_parameter"), 2),
+        _record_column(rows, "error of ΔW (%)", storage("delta_error", 0.01), 2),
+    ]
     return [
+        *[column for column in stored if any(column.cells)],
         _record_column(rows, "training time (s)", train("seconds")),
         _record_column(rows, "tokens/s", train("tokens_per_s")),
         _record_column(rows, "peak memory, training (GiB)", train("peak_memory_bytes", _GIB), 2),
@@ -403,7 +414,8 @@ def build(spec: Mapping[str, Any], scale: str, rows: Sequence[RowResult], *, ext
         labels=[row.label for row in rows],
         keys=[row.key for row in rows],
         columns=[*columns, *_cost_columns(rows)],
-        notes=[*_notes(spec, scale, rows, scores, [*_interval_notes(told, untold)]), *extra_notes],
+        row_title=layout.get("row_title", "method"),
+        notes=[*notes_below(spec, scale, rows, scores, [*_interval_notes(told, untold)]), *extra_notes],
         groups=[row.group for row in rows] if any(row.group for row in rows) else [],
         group_title=layout.get("group_title", "model"),
         seeds=_every_seed(rows, scores),
@@ -448,13 +460,14 @@ def _every_seed(rows: Sequence[RowResult], scores: Sequence[_Score]) -> str:
 # ---- what stands below a table ----
 
 
-def _notes(
+def notes_below(
     spec: Mapping[str, Any],
     scale: str,
     rows: Sequence[RowResult],
     scores: Sequence[_Score],
     on_intervals: Sequence[str],
 ) -> list[str]:
+    """Setting, what is missing, seeds, recipes, machine, published sources and the command, a sentence or two each."""
     layout = spec["scales"][scale]
     records = [record for row in rows for record in _done(row)]
     return [
