@@ -271,6 +271,8 @@ def validate(config: Mapping[str, Any]) -> None:
     number("trainer", "warmup_ratio", least=0)
     number("trainer", "weight_decay", least=0)
     number("runtime", "save_every", least=1, whole=True)
+    trail = config["runtime"]["trail"]
+    check(isinstance(trail, bool), "runtime.trail", trail, "true or false")
     precision = config["trainer"]["precision"]
     check(precision in ("bf16", "fp32"), "trainer.precision", precision, "bf16 or fp32")
     method = config["method"]

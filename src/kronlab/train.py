@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from tqdm import tqdm
@@ -240,6 +241,36 @@ class Journal(TrainerCallback):
         return self._tokens[step]
 
 
+class Trail(TrainerCallback):
+    """Keeps the trained weights of the steps of `trail_steps` in `trail_file`, for looks back along the way.
+
+    A step that is done again after a kill writes its file again, to the same weights.
+    """
+
+    def __init__(self, directory: Path, network: nn.Module) -> None:
+        self.directory, self.network = directory, network
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step in trail_steps(state.max_steps):
+            path = trail_file(self.directory, state.global_step)
+            path.parent.mkdir(exist_ok=True)
+            scratch = path.with_suffix(".part")
+            save_file(
+                {n: p.detach().contiguous() for n, p in self.network.named_parameters() if p.requires_grad}, scratch
+            )
+            scratch.replace(path)
+
+
+def trail_steps(last: int) -> list[int]:
+    """1, 2, 4, 8, ... and the last step."""
+    return [2**i for i in range(last.bit_length()) if 2**i < last] + [last]
+
+
+def trail_file(directory: Path, step: int) -> Path:
+    """Where the trained weights of a step are kept (`runtime.trail`), by the names of the network's parameters."""
+    return directory / "trail" / f"{step}.safetensors"
+
+
 def train(
     network: nn.Module,
     rows: Sequence[Encoded],
@@ -261,7 +292,7 @@ def train(
         rows: encoded examples; their order together with `seed` fixes every batch.
         recipe: the `trainer` config section.
         objective: the loss of a batch; language models: `kronlab.encode.SupervisedHead(network, causal=...)`.
-        directory: receives `loss.jsonl` and `checkpoint-<step>/`.
+        directory: receives `loss.jsonl`, `checkpoint-<step>/` and, where the runtime asks for it, `trail/`.
         hooks: what the method adds (`kronlab.methods.hooks`); None: nothing.
         report_to: integrations of transformers, e.g. ["wandb"].
 
@@ -299,6 +330,8 @@ def train(
     journal = Journal(directory / "loss.jsonl", trainer, rows, progress=bool(runtime["progress"]))
     trainer.add_callback(journal)
     trainer.add_callback(MethodSteps(hooks))
+    if runtime["trail"]:
+        trainer.add_callback(Trail(directory, network))
     checkpoint = newest_checkpoint(directory)
     blocks = compile_blocks(network) if recipe["compile"] else []
     try:
