@@ -258,18 +258,12 @@ def _from_bench(spec: Mapping[str, Any], scale: str, request: Request) -> Table 
 
 def _from_alignment(spec: Mapping[str, Any], scale: str, request: Request) -> Table | None:
     from kronlab.align import run_align
+    from kronlab.align_training import run_training
 
-    return run_align(
-        spec,
-        scale,
-        name=spec["name"],
-        results=request.results_dir,
-        dry_run=request.dry_run,
-        render_only=request.render_only,
-        force=request.force,
-        reuse=request.reuse,
-        extra=request.extra,
-    )
+    asked = {key: getattr(request, key) for key in ("dry_run", "render_only", "force", "reuse", "extra")}
+    table = run_align(spec, scale, name=spec["name"], results=request.results_dir, **asked)
+    run_training(spec, scale, results=request.results_dir, **asked)
+    return table
 
 
 # How a table that is made of cells is laid out, by its `kind`.

@@ -93,6 +93,20 @@ def resampled_sums(values: np.ndarray, draws: int) -> np.ndarray:
     return np.concatenate(sums)
 
 
+def crossed_interval(statistic: Callable[[np.ndarray], float], values: np.ndarray) -> list[float] | None:
+    """Percentile interval of `statistic(values)` under resampling of the first two axes, each by itself.
+
+    For units that are crossed, such as seeds and layers (Owen 2007, "The pigeonhole bootstrap"): pairs of them are not
+    independent of the others in their row or column. Otherwise as :func:`bootstrap_metric`.
+    """
+    rng = np.random.default_rng(_SEED)
+    drawn = []
+    for _ in range(RESAMPLES):
+        rows, columns = (rng.integers(n, size=n) for n in values.shape[:2])
+        drawn.append(_finite(statistic, [values[np.ix_(rows, columns)]]))
+    return _interval(np.asarray(drawn, dtype=np.float64))
+
+
 def _finite(statistic: Callable[..., float], arrays: list[np.ndarray]) -> float:
     try:
         return float(statistic(*arrays))

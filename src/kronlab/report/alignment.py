@@ -128,19 +128,23 @@ def _finding(
 
 def _rank_correlation(cosines: np.ndarray, finite: np.ndarray) -> float:
     """Spearman's, of the means over layers of every grid point."""
+    return spearman(cosines.mean(axis=0), finite.mean(axis=0))
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Rank correlation of two series; ties share their mean rank."""
     from scipy.stats import rankdata
 
-    ranks = rankdata(np.stack([cosines.mean(axis=0), finite.mean(axis=0)]), axis=1)
-    return float(np.corrcoef(ranks)[0, 1])
+    return float(np.corrcoef(rankdata(np.stack([a, b]), axis=1))[0, 1])
 
 
-def verdict_line(found: Sequence[Finding]) -> str:
-    """All findings in one line, behind what they come to: it fails where one fails."""
+def verdict_line(found: Sequence[Finding], claim: str = "the theory of the first step") -> str:
+    """All findings in one line, behind what they come to: the claim fails where one fails."""
     if not found:
         return "Verdict: none, the grid has too few points."
     verdicts = {finding.verdict for finding in found}
     overall = next(verdict for verdict in (FAILS, UNDECIDED, HOLDS) if verdict in verdicts)
-    return f"Verdict: the theory of the first step {overall}: {'; '.join(finding.text for finding in found)}."
+    return f"Verdict: {claim} {overall}: {'; '.join(finding.text for finding in found)}."
 
 
 # ---------------------------------------------------------------------------------------------------- tables
