@@ -396,7 +396,8 @@ def build(spec: Mapping[str, Any], scale: str, rows: Sequence[RowResult], *, ext
     for score, column in zip(scores, ours, strict=True):
         columns += [column, *_published_columns(rows, score, column, comparable=scale == "paper")]
     references = [baseline_of(row, rows, baseline) for row in rows]
-    label = next((reference.label for reference in references if reference is not None), None)
+    labels = list(dict.fromkeys(reference.label for reference in references if reference is not None))
+    label = None if not labels else labels[0] if len(labels) == 1 else f"{baseline} of the same group"
     differences: dict[str, list[Difference | None]] = {}
     for score in scores if label is not None else []:
         found = differences[score.title] = [

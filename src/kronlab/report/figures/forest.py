@@ -50,7 +50,8 @@ def plot(source: Source, entry: Mapping[str, Any], points: Sequence[Point]) -> F
     for axes, group in zip(panels, groups, strict=True):
         _panel(axes, source, [point for point in points if point.panel == group])
         axes.set_title(group, loc="left")
-    baseline = source.pick([source.spec["baseline"]])[0].label
+    labels = list(dict.fromkeys(row.label for row in source.pick([source.spec["baseline"]])))
+    baseline = labels[0] if len(labels) == 1 else f"{source.spec['baseline']} of the same group"
     side = "left" if unit_of(entry["metric"]).less_is_better else "right"
     unit = unit_of(entry["metric"]).name.replace("%", "percentage points")
     title = metric_title(source, entry).rpartition(" (")[0]

@@ -50,7 +50,6 @@ def plot(source: Source, entry: Mapping[str, Any], points: Sequence[Point]) -> F
         axes.set_title(pairs[number], loc="left")
     metric = next(first.metric for first, _ in pairs_of(source.spec, source.scale))
     unit = unit_of(metric)
-    figure.supylabel("")
     for axes in list(figure.axes)[-across:]:
         axes.set_xlabel(f"accuracy on the first task ({unit.name})")
     sentences = caption_of(source, points, source.pick())
