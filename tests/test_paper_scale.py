@@ -11,7 +11,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from kronlab.cell import CONFIG_DIR, compose_config
-from kronlab.layout import plan
+from kronlab.estimate import size_of
+from kronlab.layout import PlannedRow, plan
 from kronlab.reproduce import reproduce
 
 
@@ -55,16 +56,22 @@ def test_a_dry_run_tells_what_it_would_take(name: str, tmp_path: Path, caplog: p
         assert "gated: accept it on the hub" in said
 
 
-def counts(name: str, scale: str = "paper") -> dict[str, set[int]]:
-    from kronlab.estimate import size_of
+def planned(name: str, *keys: str) -> dict[str, PlannedRow]:
+    """The named rows of a table at scale paper, with their first seed alone: the others are copies."""
+    table = spec(name)
+    layout = table["scales"]["paper"]
+    layout["rows"], layout["seeds"] = list(keys), layout["seeds"][:1]
+    rows, _ = plan(table, "paper", weights_needed=False, every_eval=True)
+    return {row.key: row for row in rows}
 
-    rows, _ = plan(spec(name), scale, weights_needed=False, every_eval=True)
-    return {row.key: {size_of(part.cell.config).trainable for part in row.parts} for row in rows}
+
+def counts(name: str, *keys: str) -> dict[str, set[int]]:
+    return {key: {size_of(cell.config).trainable for cell in row.cells} for key, row in planned(name, *keys).items()}
 
 
 def test_published_counts_come_out_in_the_tables() -> None:
     """The anchors of the papers, through the tables' own configs."""
-    table7, table8 = counts("table7"), counts("table8")
+    table7, table8 = counts("table7", "kron_lora", "lora_16"), counts("table8", "lora", "krona", "kron_lora")
     assert table7["kron_lora"] == {840_481}
     assert table7["lora_16"] == {1_918_465}
     assert table8["Mistral-7B/lora"] == {21_260_288}
@@ -73,7 +80,7 @@ def test_published_counts_come_out_in_the_tables() -> None:
 
 
 def test_budgets_of_table_1() -> None:
-    table = counts("table1")
+    table = counts("table1", "lora", "cdka_2_2_8", "cdka_2_2_4", "cdka_2_2_1", "cdka_2_8_4")
     full = table["T5-base/lora"]
     assert full == table["T5-base/cdka_2_2_8"] == {3_244_032}
     assert table["T5-base/cdka_2_2_4"] == {3_244_032 // 2}
@@ -82,19 +89,13 @@ def test_budgets_of_table_1() -> None:
 
 
 def test_groups_have_arms_of_their_own() -> None:
-    rows, _ = plan(spec("table1"), "paper", weights_needed=False, every_eval=True)
-    evals = {
-        (row.group, part.arm): set(part.cell.config["eval"])
-        for row in rows
-        for part in row.parts
-        if row.key.endswith("/lora")
-    }
+    rows = planned("table1", "lora")
+    evals = {(row.group, part.arm): set(part.cell.config["eval"]) for row in rows.values() for part in row.parts}
     assert evals["T5-base", "mnli"] == {"glue_mnli_text"}
     assert evals["DeBERTa-v3-base", "mnli"] == {"glue_mnli"}
     assert len(evals) == 10
-    lora = next(row for row in rows if row.key == "T5-base/lora")
-    assert lora.published["mean"]["value"] == 82.08
-    assert next(row for row in rows if row.key == "DeBERTa-v3-base/lora").published == {}
+    assert rows["T5-base/lora"].published["mean"]["value"] == 82.08
+    assert rows["DeBERTa-v3-base/lora"].published == {}
 
 
 def test_published_numbers_say_where_they_were_read() -> None:
@@ -104,7 +105,8 @@ def test_published_numbers_say_where_they_were_read() -> None:
             continue
         sections = [row.get("published", {}) for row in table["rows"].values()]
         sections += [row for group in table.get("published_by_group", {}).values() for row in group.values()]
-        keys = {c.get("published") for layout in table["scales"].values() for c in layout["columns"]}
+        columns = [column for layout in table["scales"].values() for column in layout["columns"]]
+        keys = {column.get("published", column.get("eval", "mean")) for column in columns}
         for section in sections:
             for key, value in section.items():
                 assert key in keys, (table["name"], key)
