@@ -116,10 +116,10 @@ class TrainingPlan:
 
         def cells(row: str, method: Sequence[str]) -> list[Cell]:
             own = layout.get("row_overrides", {}).get(row, [])
-            asked_of_all = [f"scale={scale}", *layout["common"], *method, *own, *asked, "runtime.trail=true", *extra]
-            config = compose_config(asked_of_all)
-            found = []
-            for config.seed in self.seeds:
+            chosen = [f"scale={scale}", *layout["common"], *method, *own, *asked, "runtime.trail=true", *extra]
+            config, found = compose_config(chosen), []
+            for seed in self.seeds:  # composed once: that takes longer than all the rest of planning
+                config.seed = seed
                 found.append(make_cell(config, weights_needed=weights_needed))
             return found
 
@@ -282,10 +282,9 @@ def _run_cells(plan: TrainingPlan, results: str | Path) -> dict[str, list[dict[s
     """
     store = Store(results)
     records: dict[str, list[dict[str, Any]]] = {}
-    cells = [cell for cells in plan.cells.values() for cell in cells]
-    for number, (row, at) in enumerate(((row, at) for row in plan.cells for at in range(len(plan.seeds))), start=1):
+    cells = [(row, cell) for row, cells in plan.cells.items() for cell in cells]
+    for number, (row, cell) in enumerate(cells, start=1):
         log.info("[%d/%d]", number, len(cells))
-        cell = plan.cells[row][at]
         record = run_cell(cell)
         if record["status"] == runs.DONE and not _has_trail(store.checkpoints(cell.train_id), record):
             log.info("%s: trained again, its steps were not kept", cell.name)
