@@ -329,6 +329,18 @@ def test_every_row_has_a_cell_for_each_arm_and_seed_in_every_group() -> None:
         assert (part.cell.config["method"]["alpha"], part.cell.config["trainer"]["warmup_ratio"]) == (3, 0.5)
 
 
+def test_a_group_may_have_arms_of_its_own() -> None:
+    """Models of different kinds are trained on different forms of the tasks."""
+    table = several()
+    own = {"overrides": ["model=tiny_mistral"], "arms": {"only": ["task=gsm_symbolic", "task.n=5"]}}
+    table["scales"]["smoke"]["groups"]["Mistral"] = own
+    rows, _ = plan(table, "smoke", weights_needed=False)
+    assert [part.place for part in rows[1].parts] == ["sums, seed 0", "sums, seed 1", "words, seed 0", "words, seed 1"]
+    assert [part.place for part in rows[3].parts] == ["only, seed 0", "only, seed 1"]
+    for part in rows[3].parts:
+        assert (part.cell.config["model"]["name"], part.cell.config["task"]["n"]) == ("tiny_mistral", 5)
+
+
 def test_published_numbers_come_from_the_row_and_from_its_group() -> None:
     rows, _ = plan(several(), "smoke", weights_needed=False)
     published = {row.key: {key: said["value"] for key, said in row.published.items()} for row in rows}
