@@ -487,6 +487,7 @@ def _prepare_process(runtime: dict[str, Any]) -> None:
         torch.set_num_threads(int(runtime["threads"]))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()  # of its own: one for each checkpoint of a fully trained model
 
 
 def _adapter_bytes(network: nn.Module) -> int:
