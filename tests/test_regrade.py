@@ -101,7 +101,11 @@ def test_committed_records_keep_their_scores(tmp_path: Path) -> None:
     for scale in ("mini", "small"):
         for record in committed.records(scale):
             for name, old in record["eval"].items() if record["status"] == "done" else ():
-                rows = read_jsonl(committed.folder(scale, record["id"]) / name / "samples.jsonl")
+                path = committed.folder(scale, record["id"]) / name / "samples.jsonl"
+                if not path.is_file():  # of generated tasks, those of the first seed alone are in git
+                    assert "spell" in name or name == "pretraining"
+                    continue
+                rows = read_jsonl(path)
                 settings = record["config"]["eval"][name]
                 harness = registry.harness_of(settings)
                 if harness.grades_late:  # code is run by the tests of its own harness
@@ -111,7 +115,7 @@ def test_committed_records_keep_their_scores(tmp_path: Path) -> None:
                 for metric, value in old["metrics"].items():
                     assert new["metrics"][metric]["value"] == pytest.approx(value["value"], rel=1e-12), (name, metric)
                 seen += 1
-    assert seen >= 10
+    assert seen >= 20
 
 
 # ---- a trained adapter from a folder
