@@ -339,7 +339,7 @@ def test_what_cannot_be_done_is_one_line(tmp_path: Path) -> None:
         reproduce(spec, scale="smoke", results_dir=str(tmp_path), render_only=True)
     with pytest.raises(ConfigError, match="made of no cells"):
         reproduce(spec, scale="smoke", results_dir=str(tmp_path), extra=["trainer.lr=1"])
-    with pytest.raises(ConfigError, match="kind='bnch' is not known; use one of cells, bench"):
+    with pytest.raises(ConfigError, match="kind='bnch' is not known; use one of cells, sequential, bench, align"):
         reproduce(copy.deepcopy(spec) | {"kind": "bnch"}, scale="smoke", results_dir=str(tmp_path))
     (tmp_path / "bench/smoke").mkdir(parents=True)
     (tmp_path / "bench/smoke/table9.json").write_text('{"schema": 0}')

@@ -186,7 +186,7 @@ def test_every_name_in_the_file_exists() -> None:
     hubs = {task.hub for task in TASKS.values()}
     for path in (CONFIG_DIR / "eval").glob("*.yaml"):
         source = OmegaConf.to_container(OmegaConf.load(path)).get("source") or {}
-        hubs |= {source.get("hub")}
+        hubs |= {source.get("hub")} if isinstance(source, dict) else set()
     for path in (CONFIG_DIR / "task").glob("*.yaml"):
         source = OmegaConf.to_container(OmegaConf.load(path)).get("source") or {}
         hubs |= {source.get("hub")} if isinstance(source, dict) else set()
@@ -196,6 +196,10 @@ def test_every_name_in_the_file_exists() -> None:
 
 @pytest.mark.parametrize("name", sorted(set(LOADERS) - {"reasoning_gym", "jsonl", "lm_eval"}))
 def test_every_source_of_public_data_says_where_it_is(name: str) -> None:
-    settings = {"glue": {"task": "rte"}, "commonsense": {"dataset": "piqa"}}.get(name, {})
+    settings = {
+        "glue": {"task": "rte"},
+        "commonsense": {"dataset": "piqa"},
+        "mixture": {"parts": {"one": {"source": {"name": "gsm8k"}}}},
+    }.get(name, {})
     split = "train" if name in ("metamathqa", "codefeedback") else "test"
     assert origins({"name": name, **settings}, split, None)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from kronlab.errors import CheckpointError
 from kronlab.experiment import _load_weights, _save_weights
+from kronlab.models import byte_tokenizer
 
 METHODS = ["cdka", "kron_lora", "lora", "full"]
 
@@ -27,7 +28,7 @@ def test_saved_weights_come_back(build: Callable[..., Any], tmp_path: Path, meth
     settings = [f"method={method}", f"model={model}"]
     network, _ = build(*settings, randomise=0.1)
     final = tmp_path / "final"
-    _save_weights(network, final, {})
+    _save_weights(network, byte_tokenizer(), final, {})
     other, _ = build(*settings, seed=1)
     _load_weights(other, final)
     wanted = {name: p for name, p in network.named_parameters() if p.requires_grad}
@@ -41,7 +42,7 @@ def test_saved_weights_come_back(build: Callable[..., Any], tmp_path: Path, meth
 def test_weights_that_do_not_fit_are_refused(build: Callable[..., Any], tmp_path: Path, method: str, how: str) -> None:
     network, _ = build(f"method={method}")
     final = tmp_path / "final"
-    _save_weights(network, final, {})
+    _save_weights(network, byte_tokenizer(), final, {})
     file = weights_file(final)
     tensors = load_file(file)
     key = sorted(tensors)[5]

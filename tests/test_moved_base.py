@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from kronlab.encode import SupervisedHead, collate, encode
 from kronlab.errors import CheckpointError, ConfigError
 from kronlab.experiment import _load_weights, _move_base, _save_weights
+from kronlab.models import byte_tokenizer
 from kronlab.moved_base import lora_ga_start, lora_layers, move, pissa_start
 
 METHODS = ["pissa", "lora_ga"]
@@ -106,7 +107,7 @@ def test_saved_and_loaded_on_a_fresh_base_is_the_same_function(
         for _, layer in lora_layers(network):  # as training does
             layer.lora_A["default"].weight.add_(0.1 * torch.randn_like(layer.lora_A["default"].weight))
             layer.lora_B["default"].weight.add_(0.1 * torch.randn_like(layer.lora_B["default"].weight))
-    _save_weights(network, tmp_path / "final", {}, start)
+    _save_weights(network, byte_tokenizer(), tmp_path / "final", {}, start)
     again, _ = build(f"method={method}", precision=precision, seed=1)
     _load_weights(again, tmp_path / "final", moved=True)
     for name, tensor in network.state_dict().items():
@@ -128,7 +129,7 @@ def test_ranks_by_pattern_are_doubled_too(started: Any, build: Callable[..., Any
     with torch.no_grad():
         for _, layer in lora_layers(network):
             layer.lora_B["default"].weight.mul_(1.1)
-    _save_weights(network, tmp_path / "final", {}, start)
+    _save_weights(network, byte_tokenizer(), tmp_path / "final", {}, start)
     loaded = PeftModel.from_pretrained(build("method=none")[0], tmp_path / "final")
     torch.testing.assert_close(logits(loaded), logits(network), atol=1e-5, rtol=1e-4)
 

@@ -106,7 +106,7 @@ def test_dry_run_lists_the_cells_and_touches_nothing(
     with caplog.at_level(logging.INFO):
         for where in (results, tmp_path):
             assert reproduce(spec(), scale="smoke", results_dir=str(where), dry_run=True) is None
-    listed = [m.split()[0] for m in caplog.messages if m.startswith("  ")]
+    listed = [m.split()[0] for m in caplog.messages if m.startswith(("  done", "  missing"))]
     assert listed == ["done"] * 6 + ["missing"] * 6
     assert list(tmp_path.iterdir()) == []
 
@@ -280,7 +280,7 @@ def test_every_scale_of_table2_can_be_planned(scale: str) -> None:
         "two rows are the same experiment"
     )
     for column in table["scales"][scale]["columns"]:
-        assert all(column["eval"] in cell.config["eval"] for row in rows for cell in row.cells)
+        assert all(any(column["eval"] in cell.config["eval"] for cell in row.cells) for row in rows)
 
 
 # ---- groups and arms ----
@@ -346,9 +346,9 @@ def test_published_numbers_come_from_the_row_and_from_its_group() -> None:
     published = {row.key: {key: said["value"] for key, said in row.published.items()} for row in rows}
     assert published == {
         "LLaMA/base": {},
-        "LLaMA/lora": {"gsm8k": 1.0},
+        "LLaMA/lora": {"gsm8k": 1.0, "humaneval": 14.76},
         "Mistral/base": {},
-        "Mistral/lora": {"gsm8k": 42.08},
+        "Mistral/lora": {"gsm8k": 42.08, "humaneval": 14.76},
     }
 
 
@@ -442,7 +442,9 @@ def test_committed_tables_are_what_the_committed_records_say(scale: str, tmp_pat
         made = sorted((tmp_path / "tables" / scale).glob(f"{name}.*"))
         assert [path.name for path in made] == [path.name for path in paths]
         for path, fresh in zip(paths, made, strict=True):
-            assert without_absence(fresh.read_text()) == without_absence(path.read_text()), f"{path.name}: render it again"
+            assert without_absence(fresh.read_text()) == without_absence(path.read_text()), (
+                f"{path.name}: render it again"
+            )
     # of a figure its data are compared: the pictures depend on the versions of the libraries that draw them
     drawn, kept = (folder / "figures" / scale for folder in (tmp_path, ROOT / "results"))
     assert [path.name for path in sorted(kept.glob("*.csv"))] == [path.name for path in sorted(drawn.glob("*.csv"))]

@@ -126,6 +126,7 @@ def test_a_wrong_section_is_one_line_that_says_what_is_right(change: dict[str, A
 # ---- in a table ----
 
 QUIET = ["runtime.progress=false", "runtime.threads=1"]
+LISTED = ("  done", "  missing", "  after")  # what a dry run says of trials and cells, behind its estimate
 # The validation eval is one more, from another seed of the generator.
 HELD_OUT = ["+eval@eval.held=chain_sum", "eval.held.source.test_seed=20000017", "eval.held.generation.max_new_tokens=1"]
 
@@ -225,7 +226,7 @@ def test_dry_run_lists_the_trials_and_says_what_comes_after(
 ) -> None:
     with caplog.at_level(logging.INFO):
         reproduce(tuned_spec(), scale="smoke", results_dir=str(tmp_path), dry_run=True)
-    listed = [m for m in caplog.messages if m.startswith("  ")]
+    listed = [m for m in caplog.messages if m.startswith(LISTED)]
     assert [m.split()[0] for m in listed] == ["missing"] * 4 + ["missing", "after", "after"]
     assert listed[0].endswith(", trial of 0.001")
     assert listed[-1] == "  after tuning: CDKA (2,8,4), 2 cells"
@@ -233,7 +234,7 @@ def test_dry_run_lists_the_trials_and_says_what_comes_after(
     caplog.clear()
     with caplog.at_level(logging.INFO):
         reproduce(tuned_spec(), scale="smoke", results_dir=str(tuned), dry_run=True)
-    assert [m.split()[0] for m in caplog.messages if m.startswith("  ")] == ["done"] * 9
+    assert [m.split()[0] for m in caplog.messages if m.startswith(LISTED)] == ["done"] * 9
 
 
 def test_a_row_whose_tuning_is_incomplete_is_not_run_yet(tuned: Path, tmp_path: Path) -> None:
@@ -282,7 +283,7 @@ def test_records_that_came_with_a_clone_are_tuned_anew_unless_reused(
         caplog.clear()
         with caplog.at_level(logging.INFO):
             reproduce(tuned_spec(), scale="smoke", results_dir=str(tmp_path), dry_run=True, reuse=reuse)
-        assert next(m.split()[0] for m in caplog.messages if m.startswith("  ")) == first
+        assert next(m.split()[0] for m in caplog.messages if m.startswith(LISTED)) == first
         assert any("after tuning" in m for m in caplog.messages) == (reuse == "local")
 
 

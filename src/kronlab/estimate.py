@@ -26,6 +26,7 @@ from omegaconf import OmegaConf
 
 from kronlab.cell import CONFIG_DIR, SCALES, Cell
 from kronlab.data import class_labels, origins
+from kronlab.errors import KronlabError
 from kronlab.methods import label, trains
 from kronlab.plan import Size, measure, training_memory
 from kronlab.runs import DONE, Store
@@ -252,15 +253,23 @@ def describe(cells: Sequence[Cell], store: Store) -> list[str]:
         return ["estimate: nothing to run"]
     on_gpu = todo[0].scale in _ON_GPU
     paces = {} if on_gpu else paces_of(store)
-    found = {cell.id: estimate(cell, paces) for cell in todo}
+    found: dict[str, Estimate] = {}
     rows: dict[str, list[Cell]] = defaultdict(list)
+    impossible: dict[str, str] = {}
     for cell in todo:
-        rows[f"{label(cell.config['method'])}, {cell.config['model']['name']}"].append(cell)
+        name = f"{label(cell.config['method'])}, {cell.config['model']['name']}"
+        try:
+            found[cell.id] = estimate(cell, paces)
+            rows[name].append(cell)
+        except KronlabError as error:  # running it will say so in its record, and the other rows go on
+            impossible[name] = " ".join(str(error).split())
     how = "by configs/estimate.yaml, nothing of it measured" if on_gpu else "from the records of the same model"
     lines = [f"estimate of what is left to run ({how}):"]
     for name, group in rows.items():
         lines.append(f"  {name}: {_row([found[cell.id] for cell in group])}")
-    lines.append(f"  all: {_cells(len(todo))}, {_time(list(found.values()))}, one after another")
+    lines += [f"  {name}: cannot be made: {reason}" for name, reason in impossible.items()]
+    if found:
+        lines.append(f"  all: {_cells(len(found))}, {_time(list(found.values()))}, one after another")
     return [*lines, *_weights(todo), *_data(todo)]
 
 
