@@ -13,7 +13,7 @@ from kronlab.cell import CONFIG_DIR, SCALES, compose_config
 from kronlab.claims import CHECKS, judge_claims, write_claims
 from kronlab.errors import ConfigError
 from kronlab.report.claim_tests import KINDS, NOT_RUN, SUPPORTED
-from kronlab.report.claims import evidence_of, faults
+from kronlab.report.claims import evidence_of, faults, rows_of
 from kronlab.reproduce import reproduce
 
 ROOT = CONFIG_DIR.parent
@@ -70,6 +70,19 @@ def test_cells_that_were_run_are_judged(tmp_path: Path) -> None:
     assert [path.name for path in paths] == ["claims.md", "claims.csv", "claims.json"]
     assert [path.read_bytes() for path in write_claims(claims, tmp_path)] == before
     assert json.loads(before[-1])["counts"][SUPPORTED] == 1
+
+
+@pytest.mark.parametrize(
+    ("test", "expected"),
+    [
+        ({"ours": "a", "theirs": "g/b"}, {"a", "g/b"}),
+        ({"ours": ["a", "b"], "theirs": ["c", "d"]}, {"a", "b", "c", "d"}),
+        ({"axis": "method.r", "rows": ["a"]}, {"a"}),
+        ({"axis": "method.r"}, None),
+    ],
+)
+def test_only_rows_that_are_looked_at_are_planned(test: dict[str, Any], expected: set[str] | None) -> None:
+    assert rows_of(test) == expected
 
 
 def test_without_records_nothing_is_run_and_nothing_falls_over(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ What is not there is said, and stops nothing: a table without records, a row tha
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -20,7 +20,7 @@ from kronlab.cell import CONFIG_DIR, SCALES, compose_config
 from kronlab.errors import ConfigError, KronlabError
 from kronlab.plan import make_plan
 from kronlab.report.claim_tests import KINDS, Check, Evidence
-from kronlab.report.claims import Judged, as_csv, as_data, evidence_of, examine, faults, judge, markdown
+from kronlab.report.claims import Judged, as_csv, as_data, evidence_of, examine, faults, judge, markdown, rows_of
 from kronlab.reproduce import load_rows
 from kronlab.runs import write_json
 
@@ -37,10 +37,10 @@ def judge_claims(claims: Mapping[str, Any], results: str | Path) -> list[Judged]
     found = faults(claims, SCALES)
     if found:
         raise ConfigError("\n".join(found))
-    load = _Loader(Path(results))
+    tests = {key: evidence_of(claim) for key, claim in claims.items()}
+    load = _Loader(Path(results), [test for of_claim in tests.values() for test in of_claim])
     return [
-        judge(key, claim, [examine(test, load(test)) for test in evidence_of(claim)], SCALES)
-        for key, claim in claims.items()
+        judge(key, claim, [examine(test, load(test)) for test in tests[key]], SCALES) for key, claim in claims.items()
     ]
 
 
@@ -61,10 +61,10 @@ def write_claims(claims: Mapping[str, Any], results: str | Path, *, command: str
 
 
 class _Loader:
-    """Evidence by table and scale, each read once."""
+    """Evidence by table and scale, each read once, and of a table the rows that `tests` look at."""
 
-    def __init__(self, results: Path) -> None:
-        self.results = results
+    def __init__(self, results: Path, tests: Sequence[Mapping[str, Any]]) -> None:
+        self.results, self.tests = results, tests
         self._found: dict[tuple[str, str], Evidence] = {}
 
     def __call__(self, test: Mapping[str, Any]) -> Evidence:
@@ -95,7 +95,12 @@ class _Loader:
             return {"record": record} if record is not None else {"reason": "no record"}
         if not any((self.results / "runs" / scale).glob("*.json")):  # planning takes seconds
             return {"reason": "no record"}
-        rows = load_rows(spec, scale, self.results)
+        layout = spec["scales"][scale]
+        named = [rows_of(test) for test in self.tests if (test.get("table"), test.get("scale")) == (name, scale)]
+        if None not in named:  # a tuned row takes seconds to plan
+            wanted = {key.rpartition("/")[2] for keys in named for key in keys or ()}
+            layout = {**layout, "rows": [key for key in layout["rows"] if key in wanted]}
+        rows = load_rows({**spec, "scales": {scale: layout}}, scale, self.results)
         return {"rows": rows} if any(r is not None for row in rows for r in row.records) else {"reason": "no record"}
 
 

@@ -42,6 +42,14 @@ def evidence_of(claim: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{"at_least": 1, **claim.get("test", {}), **own} for own in claim["evidence"]]
 
 
+def rows_of(test: Mapping[str, Any]) -> set[str] | None:
+    """The keys of the rows that a test names; None where it looks among all."""
+    if "axis" in test:
+        return set(test["rows"]) if "rows" in test else None
+    sides = [test[side] for side in ("ours", "theirs") if side in test]
+    return {key for side in sides for key in ([side] if isinstance(side, str) else side)}
+
+
 def faults(claims: Mapping[str, Any], scales: Sequence[str]) -> list[str]:
     """What is wrong with the config of the claims, one a line."""
     found = []
