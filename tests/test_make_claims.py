@@ -142,6 +142,11 @@ def _fits(key: str, test: dict[str, Any], spec: dict[str, Any]) -> None:
         assert not columns or (part["eval"], part["metric"]) in known, f"{key}: {spec['name']} does not show {part}"
 
 
+def test_the_readme_counts_the_verdicts_that_are_committed() -> None:
+    counts = next(line for line in (ROOT / "results" / "claims.md").read_text().splitlines() if line.startswith("Of "))
+    assert counts in (ROOT / "README.md").read_text()
+
+
 def test_committed_claims_are_what_the_committed_records_say(tmp_path: Path) -> None:
     committed = ROOT / "results"
     if not (committed / "claims.md").is_file():
