@@ -24,6 +24,7 @@ def script(name: str, *arguments: str, cwd: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *arguments],
         env=environment, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite under nohup has it ignored
     )  # fmt: skip
 
 
