@@ -35,7 +35,7 @@ from kronlab.adapters.init import layer_gradients
 from kronlab.cell import compose_config, digest, make_cell
 from kronlab.data import fingerprint, load_examples
 from kronlab.encode import IGNORED, SupervisedHead, collate, encode
-from kronlab.errors import CheckpointError, ConfigError
+from kronlab.errors import ConfigError
 from kronlab.experiment import typed_command
 from kronlab.progress import bar
 from kronlab.report.alignment import alignment_table, kinds_table
@@ -272,16 +272,7 @@ def read_record(results: str | Path, scale: str, name: str) -> dict[str, Any] | 
     Raises:
         CheckpointError: the file is there and is not a record.
     """
-    path = record_path(results, scale, name)
-    if not path.is_file():
-        return None
-    try:
-        record = dict(json.loads(path.read_text()))
-        if record["schema"] != SCHEMA or not isinstance(record["layers"], list):
-            raise ValueError(f"its schema is {record['schema']!r}, {SCHEMA} is wanted")
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is not a whole record ({error}); delete it and measure again") from error
-    return record
+    return runs.read_measurement(record_path(results, scale, name), schema=SCHEMA, part="layers")
 
 
 def _measured_before(plan: Plan, journal: Path, record: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -122,6 +122,23 @@ class Store:
                 yield record
 
 
+def read_measurement(path: Path, *, schema: int, part: str) -> dict[str, Any] | None:
+    """A record that is made of no cell (a benchmark, an alignment), or None; `part` names the list that it must hold.
+
+    Raises:
+        CheckpointError: the file is there and is not a record.
+    """
+    if not path.is_file():
+        return None
+    try:
+        record = dict(json.loads(path.read_text()))
+        if record["schema"] != schema or not isinstance(record[part], list):
+            raise ValueError(f"its schema is {record['schema']!r}, {schema} is wanted")
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is not a whole record ({error}); delete it and measure again") from error
+    return record
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON to a temporary file beside `path`, then rename it there."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ import kronlab
 from kronlab import runs
 from kronlab.bench.cases import Case, measure, plan_cases
 from kronlab.cell import digest
-from kronlab.errors import CheckpointError, ConfigError
+from kronlab.errors import ConfigError
 from kronlab.experiment import typed_command
 from kronlab.progress import bar
 from kronlab.report.cost import cost_table, generation_table, layer_table, trainer_table
@@ -145,16 +145,7 @@ def read_record(results: str | Path, scale: str, name: str) -> dict[str, Any] | 
     Raises:
         CheckpointError: the file is there and is not a record.
     """
-    path = record_path(results, scale, name)
-    if not path.is_file():
-        return None
-    try:
-        record = dict(json.loads(path.read_text()))
-        if record["schema"] != SCHEMA or not isinstance(record["cases"], list):
-            raise ValueError(f"its schema is {record['schema']!r}, {SCHEMA} is wanted")
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is not a whole record ({error}); delete it and measure again") from error
-    return record
+    return runs.read_measurement(record_path(results, scale, name), schema=SCHEMA, part="cases")
 
 
 @cache  # the code that runs is the one that was imported

@@ -101,10 +101,9 @@ def origins(source: Mapping[str, Any], split: str, data_dir: str | None) -> dict
     A hub dataset's name, or where no hub dataset has the split, the path of the local file that it needs. Empty for
     what is generated, lies in a user's file, or is fetched by lm-eval.
     """
-    if source["name"] == "mixture":
-        parts = [origins(part["source"], split, data_dir) for part in source["parts"].values()]
-        return {place: local for found in parts for place, local in found.items()}
     module = _loader(source)
+    if hasattr(module, "origins"):
+        return dict(module.origins(source, split, data_dir))
     if hasattr(module, "_places"):
         places = module._places(source, split)
     elif hasattr(module, "_place"):

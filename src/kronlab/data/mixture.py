@@ -56,6 +56,12 @@ def probe(source: Mapping[str, Any], split: str, data_dir: str | None) -> tuple[
     return next((answer for answer in found if not answer[0]), (True, f"mixture of {len(found)} sources"))
 
 
+def origins(source: Mapping[str, Any], split: str, data_dir: str | None) -> dict[str, bool]:
+    """See `kronlab.data.origins`: those of all parts."""
+    found = [data.origins(part["source"], split, data_dir) for part in source["parts"].values()]
+    return {place: local for places in found for place, local in places.items()}
+
+
 def _parts(source: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     common.check_keys(source, ("parts",))
     parts = source.get("parts")
