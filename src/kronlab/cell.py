@@ -170,10 +170,8 @@ def _pretraining(config: Mapping[str, Any], *, weights_needed: bool, depth: int)
     overrides = model.get("pretraining")
     if not isinstance(overrides, list) or not all(isinstance(override, str) for override in overrides):
         raise ConfigError(f"{where}={overrides!r}: must be the list of overrides of the cell that trains it")
-    composed = copy.deepcopy(_composed(tuple(overrides)))
-    for section in _SHARED_WITH_PRETRAINING:
-        composed[section] = config[section]
-    cell = _make_cell(composed, weights_needed=weights_needed, depth=depth + 1)
+    shared = json.dumps({section: config[section] for section in _SHARED_WITH_PRETRAINING})
+    cell = copy.deepcopy(_pretraining_cell(tuple(overrides), shared, weights_needed, depth + 1))
     if cell.config["method"]["name"] != "full":
         raise ConfigError(f"{where}: trains with method={cell.config['method']['name']}; use method=full")
     theirs = cell.config["model"]
@@ -184,9 +182,12 @@ def _pretraining(config: Mapping[str, Any], *, weights_needed: bool, depth: int)
 
 
 @lru_cache(maxsize=8)
-def _composed(overrides: tuple[str, ...]) -> DictConfig:
-    """Hundreds of cells of a table may stand on one pre-training."""
-    return compose_config(overrides)
+def _pretraining_cell(overrides: tuple[str, ...], shared: str, weights_needed: bool, depth: int) -> Cell:
+    """Hundreds of cells of a table may stand on one; `shared`: the sections that it takes over, as JSON."""
+    composed = compose_config(overrides)
+    for section, value in json.loads(shared).items():
+        composed[section] = value
+    return _make_cell(composed, weights_needed=weights_needed, depth=depth)
 
 
 def _science(config: Mapping[str, Any], pretraining: Cell | None = None) -> dict[str, Any]:
@@ -300,7 +301,7 @@ def validate(config: Mapping[str, Any]) -> None:
     check(device in ("auto", "cpu", "cuda"), "runtime.device", device, "auto, cpu or cuda")
     reuse = config["results"]["reuse"]
     check(reuse in ("local", "any"), "results.reuse", reuse, "local or any")
-    known = {str(key) for key in OmegaConf.load(CONFIG_DIR / "trainer" / "default.yaml")}
+    known = _trainer_settings()
     for key in sorted(set(config["trainer"]) - known):  # added with +; would change the id and nothing else
         faults.append(f"trainer.{key} is not a setting; known are {', '.join(sorted(known))}")
     check(bool(config["eval"]), "eval", config["eval"], "at least one eval, as the task configs name them")
@@ -325,6 +326,11 @@ def validate(config: Mapping[str, Any]) -> None:
         )
     if faults:
         raise ConfigError("\n".join(faults))
+
+
+@lru_cache(maxsize=1)
+def _trainer_settings() -> frozenset[str]:
+    return frozenset(str(key) for key in OmegaConf.load(CONFIG_DIR / "trainer" / "default.yaml"))
 
 
 def _storage_faults(storage: Mapping[str, Any], method: Mapping[str, Any]) -> Iterator[str]:
