@@ -211,7 +211,7 @@ def test_the_number_of_seeds_is_that_of_the_mean() -> None:
 
 
 def test_units() -> None:
-    assert unit_of("exact_match")[:] == (100, 1, "%")
+    assert unit_of("exact_match")[:] == (100, 1, "%", False)
     assert unit_of("pass@1").name == unit_of("accuracy_ranked").name == unit_of("acc_norm").name == "%"
     assert unit_of("matthews").name == unit_of("f1_ranked").name == unit_of("spearman").name == "×100"
     assert (unit_of("nll_per_token").name, unit_of("nll").name, unit_of("choice_nll").factor) == (

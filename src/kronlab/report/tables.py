@@ -70,21 +70,24 @@ class RowResult:
 
 
 class Unit(NamedTuple):
-    """How a metric is shown: `factor` times its value, with so many digits behind the point."""
+    """How a metric is shown: `factor` times its value, in `name`, with so many digits; and whether less is better."""
 
     factor: float
     digits: int
     name: str
+    less_is_better: bool = False
+
+    @property
+    def better(self) -> str:
+        return "lower is better" if self.less_is_better else "higher is better"
 
 
 def unit_of(metric: str) -> Unit:
     """Rates in percent, correlations and F1 times 100, likelihoods in nats, squared errors as they are."""
-    if metric == "nll_per_token":
-        return Unit(1.0, 3, "nats/token")
-    if metric in ("nll", "choice_nll"):
-        return Unit(1.0, 3, "nats")
     if metric == "mse":
-        return Unit(1.0, 3, "")
+        return Unit(1.0, 3, "squared error", less_is_better=True)
+    if "nll" in metric:
+        return Unit(1.0, 3, "nats/token" if metric == "nll_per_token" else "nats", less_is_better=True)
     return Unit(100.0, 1, "×100" if metric.startswith(("f1", "matthews", "pearson", "spearman")) else "%")
 
 
@@ -177,7 +180,7 @@ def _over_seeds(values: Sequence[float], errors: Sequence[float | None]) -> tupl
 
 
 def _score_column(rows: Sequence[RowResult], score: _Score) -> Column:
-    factor, digits, name = score.unit
+    factor, digits, name, _ = score.unit
     made = Column(_titled(score.title, name), [], [], [], {"seeds": []})
     for row in rows:
         found = seed_means(row, score.parts)
@@ -214,7 +217,7 @@ def _published_columns(rows: Sequence[RowResult], score: _Score, ours: Column, *
 
 
 def _difference_column(score: _Score, found: Sequence[Difference | None], *, baseline: str, block: str) -> Column:
-    factor, digits, name = score.unit
+    factor, digits, name, _ = score.unit
 
     def text(d: Difference) -> str:
         mean, low, high = (f"{factor * x:+.{digits}f}" for x in (d.mean, d.low, d.high))

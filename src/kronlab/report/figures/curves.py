@@ -19,11 +19,10 @@ from kronlab.report.figures.points import (
     done,
     metric_points,
     metric_title,
-    unit_of,
     whiskers,
 )
 from kronlab.report.figures.style import STYLE, WIDTH, caption
-from kronlab.report.tables import RowResult
+from kronlab.report.tables import RowResult, unit_of
 
 _FAINT: Final = 0.4
 _BESIDE: Final = 2**0.1  # so that seeds are not hidden by the interval of their mean

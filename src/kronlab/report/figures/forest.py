@@ -9,9 +9,10 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from kronlab.report.figures.points import Point, Source, caption_of, metric_title, unit_of, whiskers
+from kronlab.report.figures.points import Point, Source, caption_of, metric_title, whiskers
 from kronlab.report.figures.style import BLACK, STYLE, WIDTH, caption
 from kronlab.report.paired import baseline_of, difference
+from kronlab.report.tables import unit_of
 
 
 def gather(source: Source, entry: Mapping[str, Any]) -> list[Point]:

@@ -10,9 +10,10 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from kronlab.report.figures.points import Point, Source, caption_of, metric_points, unit_of, whiskers
+from kronlab.report.figures.points import Point, Source, caption_of, metric_points, whiskers
 from kronlab.report.figures.style import STYLE, WIDTH, caption
 from kronlab.report.sequential import arm, pairs_of
+from kronlab.report.tables import unit_of
 
 _ALONE, _AFTER = 0.0, 1.0  # a point's x: after the first task alone, after both
 _ACROSS = 3  # panels in a row, at most

@@ -17,10 +17,10 @@ from kronlab.report.figures.points import (
     done,
     metric_points,
     metric_title,
-    unit_of,
     whiskers,
 )
 from kronlab.report.figures.style import GREY, STYLE, WIDTH, caption, log_ticks
+from kronlab.report.tables import unit_of
 
 
 def gather(source: Source, entry: Mapping[str, Any]) -> list[Point]:

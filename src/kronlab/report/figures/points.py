@@ -20,7 +20,7 @@ from scipy.special import stdtrit
 from kronlab.errors import ConfigError
 from kronlab.report.figures.style import Look, looks
 from kronlab.report.paired import BY_BOTH, BY_SAMPLES, BY_SEEDS, metric_values
-from kronlab.report.tables import RowResult
+from kronlab.report.tables import RowResult, unit_of
 from kronlab.runs import DIVERGED, DONE, FAILED
 
 _HOW: Final = {  # what an interval is over, in the words of a caption
@@ -183,28 +183,6 @@ def whiskers(points: Sequence[Point]) -> list[list[float]]:
 
 
 # ------------------------------------------------------------------------------------------------------ words
-
-
-@dataclass(frozen=True)
-class Unit:
-    """How a metric is shown: times `factor` in `name`; whether less of it is better."""
-
-    factor: float
-    name: str
-    less_is_better: bool
-
-    @property
-    def better(self) -> str:
-        return "lower is better" if self.less_is_better else "higher is better"
-
-
-def unit_of(metric: str) -> Unit:
-    """The unit of a metric: likelihoods in nats, all else in percent, as in the tables."""
-    if metric == "mse":
-        return Unit(1.0, "squared error", True)
-    if "nll" in metric:
-        return Unit(1.0, "nats/token" if metric == "nll_per_token" else "nats", True)
-    return Unit(100.0, "%", False)
 
 
 def metric_title(source: Source, entry: Mapping[str, Any]) -> str:
