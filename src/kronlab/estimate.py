@@ -234,7 +234,7 @@ def paces_of(store: Store) -> dict[str, Pace]:
     """The pace of every model that has records made on a CPU."""
     by_model: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for scale in SCALES:
-        for record in store.records(scale):
+        for record in store.records(scale, corrupt="skip"):
             if record["status"] == DONE and record["machine"]["gpu"] is None:
                 by_model[record["config"]["model"]["name"]].append(record)
     return {name: Pace.of(records) for name, records in by_model.items()}
