@@ -296,7 +296,7 @@ def _time(group: Sequence[Estimate]) -> str:
         known = [e.seconds[device] for e in group]
         seconds = sum(s for s in known if s is not None)
         unknown = sum(s is None for s in known)
-        text = f"{_span(seconds)} on {'a CPU' if device == 'CPU' else f'one {device}'}"
+        text = f"{span(seconds)} on {'a CPU' if device == 'CPU' else f'one {device}'}"
         if unknown == len(known):
             text = f"time on {'a CPU' if device == 'CPU' else device} unknown"
         elif unknown:
@@ -305,7 +305,7 @@ def _time(group: Sequence[Estimate]) -> str:
     return " or ".join(said)
 
 
-def _span(seconds: float) -> str:
+def span(seconds: float) -> str:
     """About how long, in the unit that suits."""
     if seconds < 90:
         return f"{seconds:.0f} s"

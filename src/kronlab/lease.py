@@ -8,8 +8,8 @@ To take it, one writes the number above the highest under its final name, whole,
 is there: of several that find the old holder dead, one wins. The highest number is never removed. A taker that was slow
 finds a higher number than its own after it has made it, and gives way.
 
-The holder rewrites its file every `BEAT_S` seconds. It is dead if its process is gone, which is seen at once on the same
-machine, even if another process has its number by now; elsewhere, if the file has not changed for `stale_after` seconds
+The holder rewrites its file every `BEAT_S` seconds. It is dead if its process is gone, which is seen at once on the
+same machine, even if another process has its number by now; elsewhere, if the file has not changed for `stale_after` seconds
 of the observer's own monotonic clock: no two clocks are ever compared. A holder that was taken for dead, because it was
 stopped for so long, finds the higher number and stops.
 
@@ -32,7 +32,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from kronlab import interrupt
 from kronlab.errors import Busy, CheckpointError
@@ -306,8 +305,3 @@ def running(folder: Path) -> list[tuple[str, Holder, bool | None, float]]:
         holder = Holder.read(last[1])
         found.append((work.name, holder, holder.alive, max(0.0, age)))
     return found
-
-
-def as_data(holder: Holder) -> dict[str, Any]:
-    """A holder as plain data."""
-    return dict(vars(holder))

@@ -89,10 +89,10 @@ def load_rows(spec: Mapping[str, Any], scale: str, results_dir: str | Path) -> l
     if kind not in BUILDERS:
         raise ConfigError(f"{spec['name']} is made of no cells (kind={kind}): it has no rows of records")
     store = Store(results_dir)
-    return _results(_recorded_rows(spec, scale, store, [])[0], store)
+    return _results(recorded_rows(spec, scale, store, [])[0], store)
 
 
-def _recorded_rows(
+def recorded_rows(
     spec: Mapping[str, Any], scale: str, store: Store, overrides: Sequence[str]
 ) -> tuple[list[PlannedRow], list[str]]:
     """The plan that fits the records."""
@@ -139,7 +139,7 @@ def _from_cells(spec: Mapping[str, Any], scale: str, request: Request) -> Table 
 
     failed: list[str] = []
     if request.render_only:
-        rows, notes = _recorded_rows(spec, scale, store, overrides)
+        rows, notes = recorded_rows(spec, scale, store, overrides)
     else:
         again = request.force and not request.dry_run
         rows, notes = planned((lambda cell: None) if again else find)

@@ -322,10 +322,14 @@ class PeakMemory:
 
     Linux lets a process reset its own high-water mark, so that cells run one after another in a process are told apart.
     Where that is not possible `bytes` is None: unknown is not a number.
+
+    Args:
+        beside: resident bytes that have nothing to do with the phase, and are not counted.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, beside: int = 0) -> None:
         self.bytes: int | None = None
+        self._beside = beside
         self._reset = False
 
     def __enter__(self) -> PeakMemory:
@@ -345,4 +349,4 @@ class PeakMemory:
         elif self._reset:
             for line in Path("/proc/self/status").read_text().splitlines():
                 if line.startswith("VmHWM:"):
-                    self.bytes = int(line.split()[1]) * 1024
+                    self.bytes = max(0, int(line.split()[1]) * 1024 - self._beside)
