@@ -102,8 +102,9 @@ def test_a_corrupt_record_is_one_line_with_the_way_out(tmp_path: Path, text: str
     path = Store(tmp_path).record_path("smoke", "abc")
     path.parent.mkdir(parents=True)
     path.write_bytes(text.encode(errors="surrogateescape"))
+    assert not Store(tmp_path).is_done("smoke", "abc"), "the cell is to be run again"
     with pytest.raises(CheckpointError) as caught:
-        Store(tmp_path).is_done("smoke", "abc")
+        Store(tmp_path).read("smoke", "abc")
     message = str(caught.value)
     assert str(path) in message
     assert reason in message

@@ -272,8 +272,11 @@ def validate(config: Mapping[str, Any]) -> None:
     number("trainer", "warmup_ratio", least=0)
     number("trainer", "weight_decay", least=0)
     number("runtime", "save_every", least=1, whole=True)
-    trail = config["runtime"]["trail"]
-    check(isinstance(trail, bool), "runtime.trail", trail, "true or false")
+    number("runtime", "stale_after", above=0)
+    for section, key in (("runtime", "trail"), ("runtime", "wait")):
+        check(isinstance(config[section][key], bool), f"{section}.{key}", config[section][key], "true or false")
+    for key in ("force", "retry_failed", "dry_run"):
+        check(isinstance(config[key], bool), key, config[key], "true or false")
     precision = config["trainer"]["precision"]
     check(precision in ("bf16", "fp32"), "trainer.precision", precision, "bf16 or fp32")
     method = config["method"]

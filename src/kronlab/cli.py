@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 
+from kronlab import interrupt
 from kronlab.cell import explain
 from kronlab.errors import KronlabError
 
@@ -19,35 +20,60 @@ T = TypeVar("T")
 _failed_jobs = 0  # of the sweep that this process runs
 
 
-def start(main: Callable[[], None]) -> None:
-    """Call a `hydra.main` function; what Hydra refuses (an unknown key, option or syntax) is one line and status 2."""
+def start(main: Callable[[], None], *, finish: Callable[[], int] = lambda: 0) -> None:
+    """Call a `hydra.main` function; what Hydra refuses (an unknown key, option or syntax) is one line and status 2.
+
+    Args:
+        finish: is called behind the last job of a sweep; the exit status (`kronlab.sweep.finish`).
+    """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # otherwise Hydra prints its own lines and leaves with status 1
     try:
-        main()
+        with interrupt.listening():
+            main()
+            status = finish()
     except (HydraException, OmegaConfBaseException) as error:
         print(f"error: {explain(error)}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt as stop:
+        _leave(stop)
+    except OSError as error:  # Hydra makes the folder of a sweep
+        if error.filename is None or error.strerror is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}; choose another results.dir", file=sys.stderr)
+        raise SystemExit(2) from None
     if _failed_jobs:
         print(f"error: {_failed_jobs} of the sweep's jobs failed, see above", file=sys.stderr)
-        raise SystemExit(2)
+    if status or _failed_jobs:
+        raise SystemExit(status or 2)
 
 
 def run_main(work: Callable[[], T]) -> T | None:
-    """Run `work`; turn a KronlabError into its own words and exit status 2, Ctrl-C into 130.
+    """Run `work`; turn a KronlabError into its own words and exit status 2, a signal into 128 and its number.
 
-    In a sweep (`-m`) the other jobs still run, and `start` leaves with status 2 behind the last one: else a cell that
-    cannot run would keep all cells after it from ever being trained.
+    In a sweep (`-m`) the other jobs still run, and `start` leaves with status 2 behind the last one. A signal stops the
+    whole sweep: `Interrupted` goes through to the launcher and to `start`.
     """
     global _failed_jobs
+    in_sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
     try:
-        return work()
+        with interrupt.listening():
+            return work()
     except KronlabError as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
-        if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        if in_sweep:
             _failed_jobs += 1
             return None
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        raise SystemExit(130) from None
+    except KeyboardInterrupt as stop:
+        if in_sweep:
+            raise
+        _leave(stop)
+
+
+def _leave(stop: KeyboardInterrupt) -> NoReturn:
+    said, status = "stopped; the same command goes on from here", 130
+    if isinstance(stop, interrupt.Interrupted):
+        said, status = str(stop), stop.status
+    print(said, file=sys.stderr)
+    raise SystemExit(status) from None

@@ -25,3 +25,7 @@ class CheckpointError(KronlabError):
 
 class DimensionError(ConfigError):
     """A component dimension does not divide the layer dimension that it should split."""
+
+
+class Busy(KronlabError):
+    """Another process is doing this work now; it is not to be done twice, and nothing has failed."""

@@ -234,7 +234,7 @@ def paces_of(store: Store) -> dict[str, Pace]:
     """The pace of every model that has records made on a CPU."""
     by_model: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for scale in SCALES:
-        for record in store.records(scale):
+        for record in store.records(scale, corrupt="skip"):
             if record["status"] == DONE and record["machine"]["gpu"] is None:
                 by_model[record["config"]["model"]["name"]].append(record)
     return {name: Pace.of(records) for name, records in by_model.items()}
@@ -296,7 +296,7 @@ def _time(group: Sequence[Estimate]) -> str:
         known = [e.seconds[device] for e in group]
         seconds = sum(s for s in known if s is not None)
         unknown = sum(s is None for s in known)
-        text = f"{_span(seconds)} on {'a CPU' if device == 'CPU' else f'one {device}'}"
+        text = f"{span(seconds)} on {'a CPU' if device == 'CPU' else f'one {device}'}"
         if unknown == len(known):
             text = f"time on {'a CPU' if device == 'CPU' else device} unknown"
         elif unknown:
@@ -305,7 +305,7 @@ def _time(group: Sequence[Estimate]) -> str:
     return " or ".join(said)
 
 
-def _span(seconds: float) -> str:
+def span(seconds: float) -> str:
     """About how long, in the unit that suits."""
     if seconds < 90:
         return f"{seconds:.0f} s"

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kronlab import runs
+from kronlab import interrupt, runs
 from kronlab.data import Example, fingerprint
 from kronlab.errors import CheckpointError, ConfigError
 from kronlab.evals.harness import Harness, Row, Settings, Subject
@@ -63,6 +63,8 @@ def _collect(
         for number, batch in enumerate(batches):
             if number in done:
                 continue
+            interrupt.at(f"grade {settings['name']} {len(rows)}/{total}")
+            interrupt.check()
             started = time.perf_counter()
             made = harness.collect(subject, batch, settings)
             seconds = round((time.perf_counter() - started) / len(made), 4)
@@ -86,14 +88,18 @@ def _grade_late(harness: Harness, rows: list[Row], settings: Settings, *, path: 
     """The second stage: verdicts are kept in a file of their own until all are there."""
     kept = path.with_name("verdicts.jsonl")
     stamp = {"version": harness.version, "settings": _sha(json.dumps(dict(settings), sort_keys=True, default=str))}
-    found = {(v["id"], v["row_sha"]): v["verdict"] for v in read_jsonl(kept) if v["stamp"] == stamp}
+    found_lines = [line for line in read_jsonl(kept) if line["stamp"] == stamp]
+    found = {(line["id"], line["row_sha"]): line["verdict"] for line in found_lines}
     missing = [row for row in rows if (row["id"], _row_sha(row)) not in found]
+    write_jsonl(kept, found_lines)  # without what a kill cut short
     with (
         bar(total=len(rows), done=len(rows) - len(missing), what=f"judge {settings['name']}", unit="sample",
             show=progress) as shown,
         kept.open("a") as handle,
     ):  # fmt: skip
         for row, verdict in harness.grade_all(missing, settings):
+            interrupt.at(f"judge {settings['name']} {len(found)}/{len(rows)}")
+            interrupt.check()  # before the verdict is kept: the signal may have hit the process that it comes from
             key = row["id"], _row_sha(row)
             found[key] = verdict
             line = {"id": key[0], "row_sha": key[1], "stamp": stamp, "verdict": verdict}

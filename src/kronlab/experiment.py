@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import json
 import logging
 import math
@@ -11,8 +12,9 @@ import shutil
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +24,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kronlab import methods, models, moved_base, runs
+from kronlab import interrupt, lease, methods, models, moved_base, runs
 from kronlab.adapters import QuantisedAdapter, load_quantised, quantize_adapter
 from kronlab.adapters.init import gradient_init_, layer_gradients
 from kronlab.cell import RECORD_SCHEMA, Cell
 from kronlab.classification import ClassificationHead, encode_sentences
 from kronlab.data import Example, class_labels, few_shot, fingerprint, load_examples
 from kronlab.encode import Encoded, Objective, SupervisedHead, collate, encode
-from kronlab.errors import CheckpointError, ConfigError, KronlabError, ModelError
+from kronlab.errors import Busy, CheckpointError, ConfigError, KronlabError, ModelError
 from kronlab.evals.harness import Subject
 from kronlab.evals.registry import harness_of
 from kronlab.evaluate import evaluate, score
@@ -42,10 +44,19 @@ log = logging.getLogger(__name__)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def run_cell(cell: Cell) -> dict[str, Any]:
+def run_cell(cell: Cell, *, wait: bool | None = None, weights: bool = False) -> dict[str, Any]:
     """Run a cell, or return its record if it is done; whatever had been finished before is used again.
 
+    No two processes run a cell, or do a training that several cells share, at once (`kronlab.lease`).
+
+    Args:
+        wait: for a process that runs it, or its training, already; None: as `runtime.wait` says.
+        weights: whether the trained weights are wanted too; a record without them does not count then.
+
     Raises:
+        Busy: another process runs it, and `wait` is false; nothing was done.
+        Interrupted: a signal asked for it; the same call goes on from there.
+        CheckpointError: nothing can be written; there is no record then.
         KronlabError: with a record of status "failed" left behind, so that the failure is not lost.
     """
     config = cell.config
@@ -55,32 +66,92 @@ def run_cell(cell: Cell) -> dict[str, Any]:
             f"started with {processes} processes; cells run in one so far: start scripts/train.py by itself"
         )
     store = Store(config["results"]["dir"])
-    if not config["force"] and store.is_done(cell.scale, cell.id, reuse=config["results"]["reuse"]):
+    done = None if config["force"] else _done(cell, store, weights=weights)
+    if done is not None:
         log.info("%s: done before, skipped (%s)", cell.name, store.record_path(cell.scale, cell.id))
-        record = store.read(cell.scale, cell.id)
-        assert record is not None
-        return record
+        return done
     if config["dry_run"]:
         log.info("%s: would run as %s", cell.name, cell.id)
         return {"id": cell.id, "status": "planned", "scale": cell.scale}
-    if config["force"]:
-        shutil.rmtree(store.checkpoints(cell.train_id), ignore_errors=True)
-    store.begin(cell.scale, cell.id, afresh=config["force"])
-    _prepare_process(config["runtime"])  # before the record notes the number of threads
-    log.info("%s: running as %s", cell.name, cell.id)
-    record = _frame(cell)
+    wait = bool(config["runtime"]["wait"]) if wait is None else wait
     try:
-        record |= _train_and_grade(cell, store)
-    except Diverged as diverged:
-        log.warning("%s: %s", cell.name, diverged)
-        record |= {"status": runs.DIVERGED, "error": str(diverged)}
-    except Exception as error:
-        reason = str(error) if isinstance(error, KronlabError) else "".join(traceback.format_exception(error))
-        store.write(record | {"status": runs.FAILED, "error": reason})
+        with interrupt.guarded(), _leased(cell, store, f"{cell.scale}-{cell.id}", wait=wait) as held:
+            done = None if config["force"] else _done(cell, store, weights=weights)
+            if done is not None:
+                log.info("%s: done meanwhile by another process", cell.name)
+                return done
+            return _run(cell, store, held, wait=wait)
+    except interrupt.Interrupted as stop:
+        stop.work = stop.work or cell.name
         raise
-    path = store.write(record)
+    finally:
+        interrupt.at("")
+
+
+def _done(cell: Cell, store: Store, *, weights: bool) -> dict[str, Any] | None:
+    """The record of a cell that need not be run."""
+    if weights and not (store.final(cell.train_id) / models.TRAINING).is_file():
+        return None
+    if not store.is_done(cell.scale, cell.id, reuse=cell.config["results"]["reuse"]):
+        return None
+    return store.read(cell.scale, cell.id)
+
+
+def _leased(cell: Cell, store: Store, work: str, *, wait: bool) -> AbstractContextManager[lease.Lease]:
+    stale_after = float(cell.config["runtime"]["stale_after"])
+    return lease.held(store.running() / work, cell.name, wait=wait, stale_after=stale_after)
+
+
+def _training(cell: Cell, store: Store, *, wait: bool) -> AbstractContextManager[lease.Lease]:
+    """The lease of everything below `checkpoints/<train_id>`, which cells share."""
+    return _leased(cell, store, f"train-{cell.train_id}", wait=wait)
+
+
+def _run(cell: Cell, store: Store, held: lease.Lease, *, wait: bool) -> dict[str, Any]:
+    """Run a cell whose lease is `held`; its record."""
+    config = cell.config
+    interrupt.at("start")
+    record = None
+    try:
+        if config["force"]:
+            with _training(cell, store, wait=wait):
+                shutil.rmtree(store.checkpoints(cell.train_id), ignore_errors=True)
+        store.set_aside(cell.scale, cell.id)
+        store.begin(cell.scale, cell.id, afresh=config["force"])
+        _prepare_process(config["runtime"])  # before the record notes the number of threads
+        log.info("%s: running as %s", cell.name, cell.id)
+        record = _frame(cell)
+        try:
+            record |= _train_and_grade(cell, store, wait=wait)
+        except Diverged as diverged:
+            log.warning("%s: %s", cell.name, diverged)
+            record |= {"status": runs.DIVERGED, "error": str(diverged)}
+        held.check()
+        path = store.write(record)
+    except Busy:
+        raise
+    except Exception as error:
+        refused = runs.refused_by_disk(error)
+        if refused is not None:  # no fault of the cell's, and a record of it might not find room either
+            raise refused from error
+        if record is not None:
+            store.write(record | _failure(error))
+        raise
+    finally:
+        gc.collect()  # the trainer's network hangs in a ring; the next cell's would stand beside it
     log.info("%s: %s -> %s", cell.name, summary(record), path)
     return record
+
+
+def _failure(error: Exception) -> dict[str, Any]:
+    """What the record of a failed cell has of it: one line, and where it came from."""
+    reason = " ".join(str(error).split())
+    if not isinstance(error, KronlabError):
+        reason = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
+    trace = "".join(traceback.format_exception(error))
+    for folder in (str(Path(runs.__file__).resolve().parents[2]), sys.prefix, str(Path.home())):
+        trace = trace.replace(f"{folder}/", "")  # no paths of this machine
+    return {"status": runs.FAILED, "error": reason, "traceback": trace}
 
 
 def _frame(cell: Cell) -> dict[str, Any]:
@@ -111,30 +182,34 @@ def typed_command() -> str:
     return " ".join(["python", f"{script.parent.name}/{script.name}", *typed])
 
 
-def _train_and_grade(cell: Cell, store: Store) -> dict[str, Any]:
+def _train_and_grade(cell: Cell, store: Store, *, wait: bool) -> dict[str, Any]:
     config = cell.config
     _check_architecture(config)
     precision = DTYPES[config["trainer"]["precision"]]
-    _train_stages_before(cell, store)
-    model = base_model(cell)
-    network, tokenizer = _network(cell, model)
-    trainable, total = models.count_parameters(network)
-    fields: dict[str, Any] = {
-        "parameters": {"trainable": trainable, "total": total, "adapter_bytes": _adapter_bytes(network)},
-        "weights": models.fingerprint(model, model["source"]),
-        "train": None,
-    }
-    if methods.trains(config["method"]):
-        fields["train"] = _train(cell, store, network, tokenizer)
-        _keep_losses(cell, store)
-    if config["adapter_storage"]:
-        fields["storage"] = _through_storage(network, config["adapter_storage"], store.checkpoints(cell.train_id))
+    with ExitStack() as training:
+        if methods.trains(config["method"]) or config["adapter_storage"]:
+            training.enter_context(_training(cell, store, wait=wait))  # before anything is loaded: it may be put off
+        _train_stages_before(cell, store, wait=wait)
+        model = base_model(cell, wait=wait)
+        interrupt.at("load the model")
+        network, tokenizer = _network(cell, model)
+        trainable, total = models.count_parameters(network)
+        fields: dict[str, Any] = {
+            "parameters": {"trainable": trainable, "total": total, "adapter_bytes": _adapter_bytes(network)},
+            "weights": models.fingerprint(model, model["source"]),
+            "train": None,
+        }
+        if methods.trains(config["method"]):
+            fields["train"] = _train(cell, store, network, tokenizer)
+            _keep_losses(cell, store, fields["train"]["steps"])
+        if config["adapter_storage"]:
+            fields["storage"] = _through_storage(network, config["adapter_storage"], store.checkpoints(cell.train_id))
     network.to(_device(config["runtime"]))
     ready_to_grade(network, precision)
     folder = store.folder(cell.scale, cell.id)
     subject = Subject(network, tokenizer, config["model"]["architecture"] == "causal_lm")
     evals = {}
-    with runs.PeakMemory() as memory:
+    with runs.PeakMemory(beside=models.kept_bytes()) as memory:
         for name, settings in config["eval"].items():
             examples = _graded_examples(config, settings)
             path = folder / name / "samples.jsonl"
@@ -151,15 +226,18 @@ def _train_and_grade(cell: Cell, store: Store) -> dict[str, Any]:
     return fields
 
 
-def base_model(cell: Cell) -> dict[str, Any]:
+def base_model(cell: Cell, *, wait: bool | None = None) -> dict[str, Any]:
     """The model section of a cell as `models.load` takes it; a base model that a cell makes is made first, once.
 
     Its weights lie under the same results directory as everything else of the cell. An interrupted
     pre-training goes on.
 
+    Args:
+        wait: as for `run_cell`.
+
     Raises:
         ModelError: the pre-training has diverged.
-        KronlabError: it has failed.
+        KronlabError: it has failed; of them `Busy`: another process does it.
     """
     model = dict(cell.config["model"])
     if cell.pretraining is None:
@@ -169,9 +247,7 @@ def base_model(cell: Cell) -> dict[str, Any]:
     final = store.checkpoints(maker.train_id) / "final"
     if not (final / models.TRAINING).is_file():
         log.info("%s: its weights are made first, by %s", model["name"], maker.name)
-        # a record without its weights, as git brings it, does not help here
-        store.record_path(maker.scale, maker.id).unlink(missing_ok=True)
-        record = run_cell(maker)
+        record = run_cell(maker, wait=wait, weights=True)  # its record alone, as git brings it, does not help here
         if record["status"] != runs.DONE:
             raise ModelError(f"model {model['name']}: its pre-training has {record['status']}: {record['error']}")
     return model | {"source": "directory", "directory": str(final)}
@@ -181,7 +257,7 @@ def _network(cell: Cell, model: dict[str, Any]) -> tuple[nn.Module, Any]:
     """The base model (`base_model`) with the method attached, as it is before training, and the tokenizer."""
     config = cell.config
     precision = DTYPES[config["trainer"]["precision"]]
-    network, tokenizer = models.load(model, dtype=precision, source=model["source"], head=_head(config))
+    network, tokenizer = models.load_again(model, dtype=precision, source=model["source"], head=_head(config))
     transformers.set_seed(config["seed"])  # the adapters' initialisation; the batch order has its own generator
     return methods.attach(network, config["model"], config["method"]), tokenizer
 
@@ -258,7 +334,7 @@ def _graded_examples(config: dict[str, Any], settings: dict[str, Any]) -> list[E
     return few_shot(examples, solved, separator=shots["separator"])
 
 
-def _train_stages_before(cell: Cell, store: Store) -> None:
+def _train_stages_before(cell: Cell, store: Store, *, wait: bool) -> None:
     """Train what a sequence has before the cell's own task, unless its weights, or the cell's, are there.
 
     Every stage has a network of its own: what an optimizer or a hook leaves in one must not depend on where a run was
@@ -267,12 +343,15 @@ def _train_stages_before(cell: Cell, store: Store) -> None:
     before = cell.before
     if before is None or any((store.final(c.train_id) / models.TRAINING).is_file() for c in (cell, before)):
         return
-    _train_stages_before(before, store)
-    log.info("%s: first %s", cell.name, before.name)
-    try:
-        _train(before, store, *_network(before, base_model(before)))
-    except Diverged as diverged:
-        raise Diverged(diverged.step, f"{before.config['task']['name']} training") from diverged
+    with _training(before, store, wait=wait):
+        if (store.final(before.train_id) / models.TRAINING).is_file():
+            return  # another process has done it meanwhile
+        _train_stages_before(before, store, wait=wait)
+        log.info("%s: first %s", cell.name, before.name)
+        try:
+            _train(before, store, *_network(before, base_model(before, wait=wait)))
+        except Diverged as diverged:
+            raise Diverged(diverged.step, f"{before.config['task']['name']} training") from diverged
 
 
 def _train(cell: Cell, store: Store, network: nn.Module, tokenizer: Any) -> dict[str, Any]:
@@ -290,7 +369,7 @@ def _train(cell: Cell, store: Store, network: nn.Module, tokenizer: Any) -> dict
         read, objective = _road(config, network, tokenizer)
         rows = [read(example) for example in examples]
         start = None
-        with runs.PeakMemory() as memory:
+        with runs.PeakMemory(beside=models.kept_bytes()) as memory:
             first = [collate([row], pad_id=tokenizer.pad_token_id) for row in rows[: method.get("init_batches", 0)]]
             if cell.before is not None:
                 start = _load_weights(network, store.final(cell.before.train_id), moved=moved_base.moves_base(method))
@@ -319,11 +398,20 @@ def _stages_before(last: Cell, store: Store) -> list[dict[str, Any]]:
     return [*earlier, {"task": last.config["task"]["name"], "train_id": last.train_id} | section]
 
 
-def _keep_losses(cell: Cell, store: Store) -> None:
-    """The loss curve belongs to the record, the checkpoint does not."""
-    target = store.folder(cell.scale, cell.id)
-    target.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(store.checkpoints(cell.train_id) / "loss.jsonl", target / "loss.jsonl")
+def _keep_losses(cell: Cell, store: Store, steps: int) -> None:
+    """The loss curve belongs to the record, the checkpoint does not.
+
+    Raises:
+        CheckpointError: it has not as many steps as were trained.
+    """
+    kept = store.checkpoints(cell.train_id) / "loss.jsonl"
+    lines = runs.read_jsonl(kept)
+    if len(lines) != steps:
+        raise CheckpointError(
+            f"{kept} holds {len(lines)} whole lines and the training had {steps} steps; delete {kept.parent} and run "
+            "the cell again"
+        )
+    runs.write_jsonl(store.folder(cell.scale, cell.id) / "loss.jsonl", lines)
 
 
 def _through_storage(network: nn.Module, form: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -482,7 +570,15 @@ def _device(runtime: dict[str, Any]) -> str:
     return str(runtime["device"])
 
 
+@cache
+def _settle() -> None:
+    """Keep what is imported out of later garbage collections: it stays, and looking at it takes 0.4 s each time."""
+    gc.collect()
+    gc.freeze()
+
+
 def _prepare_process(runtime: dict[str, Any]) -> None:
+    _settle()
     if runtime["threads"]:
         torch.set_num_threads(int(runtime["threads"]))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -6,9 +6,11 @@ quantisation of the hub's weights, so the two give different numbers under one n
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.metadata
 import importlib.util
+import json
 import logging
 import os
 import shutil
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+import psutil
 import torch
 import transformers
 from torch import nn
@@ -234,6 +237,57 @@ def head_modules(network: nn.Module) -> list[str]:
         for name, child in network.named_children()
         if name != encoder and next(child.parameters(), None) is not None
     ]
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What was loaded last, as it was loaded: nobody but `load_again` sees it, and that gives copies away."""
+
+    key: str
+    network: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+_kept: _Kept | None = None
+_KEPT_SHARE = 0.25  # of the memory that is free: larger weights are read again for every cell
+
+
+def load_again(
+    model: Mapping[str, Any], *, dtype: torch.dtype, source: str, head: Head | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """As `load`, for a process that runs cell after cell: the same weights are read once, and copied from then on.
+
+    One model is kept, and `kept_bytes` of memory with it. Weights that have changed on disk are read anew. Loading
+    leaves the random state as it was, copied or not, so a cell's draws do not depend on it.
+    """
+    global _kept
+    key = _key(model, dtype, source, head)
+    if _kept is None or _kept.key != key:
+        _kept = None  # first, or there would be three
+        network, tokenizer = load(model, dtype=dtype, source=source, head=head)
+        if _bytes(network) > _KEPT_SHARE * psutil.virtual_memory().available:
+            return network, tokenizer
+        _kept = _Kept(key, network, tokenizer)
+    return copy.deepcopy(_kept.network), copy.deepcopy(_kept.tokenizer)
+
+
+def kept_bytes() -> int:
+    """Memory on the CPU that `load_again` holds beside the models that it has given away."""
+    return _bytes(_kept.network) if _kept else 0
+
+
+def _bytes(network: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in (*network.parameters(), *network.buffers()))
+
+
+def _key(model: Mapping[str, Any], dtype: torch.dtype, source: str, head: Head | None) -> str:
+    """All that decides on the weights and the tokenizer; of a directory its files as they are now."""
+    files = []
+    if source == "directory":
+        for path in sorted(Path(model["directory"]).iterdir()):
+            stat = path.stat()
+            files.append([path.name, stat.st_size, stat.st_mtime_ns, stat.st_ino])
+    return json.dumps([dict(model), fingerprint(model, source), files, str(dtype), source, repr(head)], default=str)
 
 
 def load(

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 
 from kronlab.cell import SCALES, Cell
-from kronlab.errors import ConfigError, KronlabError
+from kronlab.errors import Busy, ConfigError, KronlabError
 from kronlab.estimate import describe
 from kronlab.experiment import run_cell
 from kronlab.layout import Find, Part, PlannedRow, Unavailable, Unrecorded, layout_of, plan
 from kronlab.report import sequential
 from kronlab.report.tables import RowResult, Table, build
 from kronlab.runs import Store
+from kronlab.sweep import in_turn, one_line
 from kronlab.tuning import rule
 
 log = logging.getLogger(__name__)
@@ -88,10 +89,10 @@ def load_rows(spec: Mapping[str, Any], scale: str, results_dir: str | Path) -> l
     if kind not in BUILDERS:
         raise ConfigError(f"{spec['name']} is made of no cells (kind={kind}): it has no rows of records")
     store = Store(results_dir)
-    return _results(_recorded_rows(spec, scale, store, [])[0], store)
+    return _results(recorded_rows(spec, scale, store, [])[0], store)
 
 
-def _recorded_rows(
+def recorded_rows(
     spec: Mapping[str, Any], scale: str, store: Store, overrides: Sequence[str]
 ) -> tuple[list[PlannedRow], list[str]]:
     """The plan that fits the records."""
@@ -138,7 +139,7 @@ def _from_cells(spec: Mapping[str, Any], scale: str, request: Request) -> Table 
 
     failed: list[str] = []
     if request.render_only:
-        rows, notes = _recorded_rows(spec, scale, store, overrides)
+        rows, notes = recorded_rows(spec, scale, store, overrides)
     else:
         again = request.force and not request.dry_run
         rows, notes = planned((lambda cell: None) if again else find)
@@ -176,17 +177,22 @@ def _from_cells(spec: Mapping[str, Any], scale: str, request: Request) -> Table 
 
 
 def _run(parts: Sequence[Part], *, after: int = 0, total: int) -> list[str]:
-    """Run cells one after another; return what failed, a line each."""
+    """Run cells one after another, those that run elsewhere last; return what failed, a line each."""
     failed = []
-    for number, part in enumerate(parts, start=after + 1):
+
+    def attempt(numbered: tuple[int, Part], wait: bool | None) -> None:
+        number, part = numbered
         trial = "" if part.value is None else f", trial of {part.value:g}"
         log.info("[%d/%d]%s", number, total, trial)
         try:
-            run_cell(part.cell)
+            run_cell(part.cell, wait=wait)
         except Exception as error:  # whatever it is, run_cell has kept it in the record, and the other cells can go on
-            reason = " ".join(str(error).split()) or type(error).__name__
-            failed.append(f"{part.cell.name}{trial}: {reason}")
-            log.error("failed, going on with the next: %s", reason)
+            if isinstance(error, Busy) and wait is False:
+                raise
+            failed.append(f"{part.cell.name}{trial}: {one_line(error)}")
+            log.error("failed, going on with the next: %s", one_line(error))
+
+    in_turn(list(enumerate(parts, start=after + 1)), attempt)
     return failed
 
 

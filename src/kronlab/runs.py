@@ -4,26 +4,32 @@
 <results>/runs/<scale>/<id>/<eval>/samples.jsonl    every graded sample with its raw completion
 <results>/runs/<scale>/<id>/loss.jsonl      the loss of every step
 <results>/checkpoints/<train_id>/           trained adapters, not for git
+<results>/checkpoints/running/<work>/       who runs a cell or a training just now (kronlab.lease)
 """
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import torch
 
 import kronlab
 from kronlab.errors import CheckpointError
+
+log = logging.getLogger(__name__)
 
 DONE, FAILED, DIVERGED = "done", "failed", "diverged"
 _PACKAGES = (
@@ -80,6 +86,22 @@ class Store:
             ) from error
         return dict(record)
 
+    def running(self) -> Path:
+        """The leases of what runs here (`kronlab.lease`)."""
+        return self.results / "checkpoints" / "running"
+
+    def set_aside(self, scale: str, cell_id: str) -> None:
+        """Rename a record that cannot be read to `.corrupt`, and say so; a good one, and an absent one, stay.
+
+        Only for who holds the cell's lease.
+        """
+        try:
+            self.read(scale, cell_id)
+        except CheckpointError as error:
+            path = self.record_path(scale, cell_id)
+            path.replace(path.with_name(f"{path.name}.corrupt"))
+            log.warning("%s; set aside as %s.corrupt, the cell is done again", str(error).partition(";")[0], path.name)
+
     def _made_here(self, scale: str, cell_id: str) -> Path:
         # beside the checkpoints, so not in git: a clone has our records and none of these marks
         return self.results / "checkpoints" / "made_here" / f"{scale}-{cell_id}"
@@ -88,12 +110,25 @@ class Store:
         """Whether a cell need not be run.
 
         A record that came with a clone is somebody else's measurement; to reproduce it means to make it again. So by
-        default only records made in this results directory count; `reuse="any"` takes every record.
+        default only records made in this results directory count; `reuse="any"` takes every record. A record that
+        cannot be read does not count.
         """
-        record = self.read(scale, cell_id)
+        try:
+            record = self.read(scale, cell_id)
+        except CheckpointError:
+            return False
         if record is None or record["status"] not in (DONE, DIVERGED):
             return False
         return reuse == "any" or self._made_here(scale, cell_id).exists()
+
+    def failure(self, scale: str, cell_id: str) -> dict[str, Any] | None:
+        """The record of a cell that has failed in this results directory."""
+        try:
+            record = self.read(scale, cell_id)
+        except CheckpointError:
+            return None
+        failed = record is not None and record["status"] == FAILED and self._made_here(scale, cell_id).exists()
+        return record if failed else None
 
     def begin(self, scale: str, cell_id: str, *, afresh: bool = False) -> None:
         """Make ready to run a cell: samples are kept if an earlier run here has left them, and removed otherwise."""
@@ -114,10 +149,19 @@ class Store:
         write_json(path, record)
         return path
 
-    def records(self, scale: str) -> Iterator[dict[str, Any]]:
-        """All records of a scale, in the order of their ids."""
+    def records(self, scale: str, *, corrupt: Literal["raise", "skip"] = "raise") -> Iterator[dict[str, Any]]:
+        """All records of a scale, in the order of their ids.
+
+        Raises:
+            CheckpointError: one cannot be read; to skip it is for estimates only.
+        """
         for path in sorted((self.results / "runs" / scale).glob("*.json")):
-            record = self.read(scale, path.stem)
+            try:
+                record = self.read(scale, path.stem)
+            except CheckpointError:
+                if corrupt == "raise":
+                    raise
+                continue
             if record is not None:
                 yield record
 
@@ -155,14 +199,21 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The lines of a JSON-lines file, up to one that a kill cut short; an absent file has none."""
+    """The lines of a JSON-lines file, up to one that a kill cut short; an absent file has none.
+
+    Behind a line that is no object nothing counts: what has damaged it may have hit others. Whoever reads a file to go
+    on from it makes the rest again.
+    """
     lines: list[dict[str, Any]] = []
     if path.is_file():
-        for text in path.read_text().splitlines():
+        for text in path.read_bytes().splitlines():
             try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
+                line = json.loads(text)
+            except ValueError:  # no JSON, or no UTF-8
                 break
+            if not isinstance(line, dict):
+                break
+            lines.append(line)
     return lines
 
 
@@ -170,12 +221,42 @@ def write_jsonl(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     """Replace a JSON-lines file in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.part")
-    scratch.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    scratch.replace(path)
+    try:
+        scratch.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        scratch.replace(path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+
+
+_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+# safetensors and torch write in Rust and C++: their errors have no number, only these words
+_REFUSAL_WORDS = (*(f"os error {number}" for number in _REFUSALS), "PytorchStreamWriter failed", "iostream error")
+
+
+def refused_by_disk(error: BaseException) -> CheckpointError | None:
+    """The one line that tells of a full, broken or write-protected disk, if `error` comes of one; else None.
+
+    What was written before is whole, for every file is written beside its place and renamed, or cut back by its reader.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        number = cause.errno if isinstance(cause, OSError) else None
+        if number in _REFUSALS or (number is None and any(word in str(cause) for word in _REFUSAL_WORDS)):
+            what = os.strerror(number) if number is not None else " ".join(str(cause).split())[:160]
+            where = f"{cause.filename}: " if isinstance(cause, OSError) and cause.filename else ""
+            return CheckpointError(f"{where}cannot be written ({what}); make room, then the same command goes on")
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 def versions() -> dict[str, str | None]:
     """Versions of Python and of the packages that a number can depend on; None where one is not installed."""
+    return dict(_versions())
+
+
+@cache
+def _versions() -> dict[str, str | None]:
     found: dict[str, str | None] = {"python": platform.python_version(), "kronlab": kronlab.__version__}
     for package in _PACKAGES:
         try:
@@ -186,8 +267,15 @@ def versions() -> dict[str, str | None]:
 
 
 def git_state() -> dict[str, Any]:
-    """Commit of this checkout and whether tracked source differs from it; nulls outside of git."""
+    """Commit of this checkout and whether tracked source differs from it; nulls outside of git.
 
+    Asked once for a process: the code that runs is the code that it has imported.
+    """
+    return dict(_git_state())
+
+
+@cache
+def _git_state() -> dict[str, Any]:
     def git(*arguments: str) -> str | None:
         try:
             done = subprocess.run(
@@ -234,10 +322,14 @@ class PeakMemory:
 
     Linux lets a process reset its own high-water mark, so that cells run one after another in a process are told apart.
     Where that is not possible `bytes` is None: unknown is not a number.
+
+    Args:
+        beside: resident bytes that have nothing to do with the phase, and are not counted.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, beside: int = 0) -> None:
         self.bytes: int | None = None
+        self._beside = beside
         self._reset = False
 
     def __enter__(self) -> PeakMemory:
@@ -257,4 +349,4 @@ class PeakMemory:
         elif self._reset:
             for line in Path("/proc/self/status").read_text().splitlines():
                 if line.startswith("VmHWM:"):
-                    self.bytes = int(line.split()[1]) * 1024
+                    self.bytes = max(0, int(line.split()[1]) * 1024 - self._beside)

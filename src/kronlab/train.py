@@ -27,6 +27,7 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from kronlab import interrupt
 from kronlab.encode import IGNORED, Encoded, Objective, collate
 from kronlab.errors import CheckpointError, ConfigError, KronlabError
 from kronlab.hooks import Hooks
@@ -241,6 +242,18 @@ class Journal(TrainerCallback):
         return self._tokens[step]
 
 
+class Halt(TrainerCallback):
+    """Tells where training is, and ends it behind a checkpoint once a signal has asked for it."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        interrupt.at(f"train {state.global_step}/{state.max_steps}")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        interrupt.at(f"train {state.global_step}/{state.max_steps}")
+        if interrupt.pending():
+            control.should_save = control.should_training_stop = True
+
+
 class Trail(TrainerCallback):
     """Keeps the trained weights of the steps of `trail_steps` in `trail_file`, for looks back along the way.
 
@@ -300,6 +313,7 @@ def train(
         ConfigError: a recipe that cannot be run.
         CheckpointError: a checkpoint that is marked whole and cannot be read.
         Diverged: the loss became nan or infinite.
+        Interrupted: a signal asked for it; there is a checkpoint of the last step.
     """
     if not rows:
         raise ConfigError("no training examples; raise task.n or look at the data source")
@@ -330,9 +344,10 @@ def train(
     journal = Journal(directory / "loss.jsonl", trainer, rows, progress=bool(runtime["progress"]))
     trainer.add_callback(journal)
     trainer.add_callback(MethodSteps(hooks))
+    trainer.add_callback(Halt())
     if runtime["trail"]:
         trainer.add_callback(Trail(directory, network))
-    checkpoint = newest_checkpoint(directory)
+    checkpoint = _newest_with_losses(directory)
     blocks = compile_blocks(network) if recipe["compile"] else []
     try:
         if checkpoint is None:
@@ -344,6 +359,7 @@ def train(
             log.info("resuming from %s", checkpoint.name)
             trainer.restore_method(checkpoint)
             trainer.train(resume_from_checkpoint=str(checkpoint))
+        interrupt.check()
     except KronlabError:
         raise
     except Exception as error:  # safetensors, pickle, json and PEFT each have types of their own
@@ -456,11 +472,26 @@ def newest_checkpoint(directory: Path) -> Path | None:
     return max(whole, key=_step_of, default=None)
 
 
+def _newest_with_losses(directory: Path) -> Path | None:
+    """The newest whole checkpoint all of whose steps have their line in `loss.jsonl`; later ones are removed.
+
+    A damaged journal costs steps that are done again, to the same weights; a gap would be a wrong sum in the record.
+    """
+    steps = [line.get("step") for line in read_jsonl(directory / "loss.jsonl")]
+    covered = next((i for i, step in enumerate(steps) if step != i + 1), len(steps))
+    while (newest := newest_checkpoint(directory)) is not None and _step_of(newest) > covered:
+        log.warning("removing %s: loss.jsonl is damaged behind step %d", newest.name, covered)
+        shutil.rmtree(newest)
+    return newest
+
+
 def mark_whole(checkpoint: Path) -> None:
     """Write the marker last: the name and size of every file, which a resume checks before it reads them."""
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != COMPLETE)
     lines = [f"{path.stat().st_size} {path.relative_to(checkpoint)}\n" for path in files]
-    (checkpoint / COMPLETE).write_text("".join(lines))
+    scratch = checkpoint / f".{COMPLETE}"
+    scratch.write_text("".join(lines))  # beside it first: half a list would let through what it does not name
+    scratch.replace(checkpoint / COMPLETE)
 
 
 def _check_files(checkpoint: Path) -> None:

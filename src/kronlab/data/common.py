@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,6 +25,9 @@ DEFAULT_PROMPT: Final = "Q: {question}\nA: "
 HUB_TIMEOUT_S: Final = 10.0
 HUB_KEYS: Final = ("hub", "hub_config", "hub_revision")
 """Settings that `Place.of` reads from a source."""
+
+KEPT_FILE_BYTES: Final = 32 << 20
+"""Local files up to this size stay in memory once read, the last few of them."""
 
 LengthFn = Callable[[str], int]
 Fields = Mapping[str, type | tuple[type, ...]]
@@ -214,13 +218,32 @@ def read_jsonl(path: Path, required: Fields) -> list[dict[str, Any]]:
     Raises:
         DataError: naming file, line (or item of the array) and field.
     """
+    try:
+        stat = path.stat()
+    except OSError as e:
+        raise DataError(f"{path}: cannot be read ({e.strerror or e}): check the path and its permissions") from None
+    fields = tuple(required.items())
+    if stat.st_size > KEPT_FILE_BYTES:
+        return list(_read_rows(path, fields))
+    return list(_kept_rows(path, fields, (stat.st_mtime_ns, stat.st_size, stat.st_ino)))
+
+
+@lru_cache(maxsize=8)
+def _kept_rows(
+    path: Path, required: tuple[tuple[str, type | tuple[type, ...]], ...], state: tuple[int, int, int]
+) -> tuple[dict[str, Any], ...]:
+    """The rows of a file in this state (time, size, inode), not to be written to: the next cell is given the same."""
+    return _read_rows(path, required)
+
+
+def _read_rows(path: Path, required: tuple[tuple[str, type | tuple[type, ...]], ...]) -> tuple[dict[str, Any], ...]:
     rows = []
     for where, row in _json_items(path):
-        check_row(row, required, where)
+        check_row(row, dict(required), where)
         rows.append(row)
     if not rows:
         raise DataError(f"{path}: no rows: the file is empty, replace it")
-    return rows
+    return tuple(rows)
 
 
 def check_row(row: Any, required: Fields, where: str) -> None:

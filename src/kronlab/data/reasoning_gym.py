@@ -21,6 +21,7 @@ same items but one.
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import random
 import re
@@ -69,19 +70,25 @@ def load(
         ConfigError: unknown task, parameter, template field or split; n larger than the test pool; train
         without n. DataError: the task has too few distinct questions; the message says how many it gave.
     """
-    task = _Task(source)
+    return list(_generated(json.dumps(dict(source)), split, n, seed))
+
+
+@lru_cache(maxsize=16)
+def _generated(source: str, split: str, n: int | None, seed: int) -> tuple[Example, ...]:
+    """What `load` gives; the cells of a sweep mostly ask for the same."""
+    task = _Task(json.loads(source))
     common.check_split(task.name, split, task.splits)
     if split != "train":
         pool = task.pool(split)
         if n is not None and n > len(pool):
             raise ConfigError(f"{task.name}: n={n} {split} questions asked of a pool of {len(pool)}: raise test_pool")
-        return [task.example(split, i, row) for i, row in enumerate(pool[:n])]
+        return tuple(task.example(split, i, row) for i, row in enumerate(pool[:n]))
     if n is None:
         raise ConfigError(f"{task.name}: generated data has no end: set how many train examples to make (data.n_train)")
     base = _TRAIN_BASE + seed * _TRAIN_STRIDE % _TRAIN_SPAN
     held_out = {_key(row["question"]) for held in task.splits[1:] for row in task.pool(held)}
     rows = task.distinct(base, n, held_out, split)
-    return [task.example(split, i, row) for i, row in enumerate(rows)]
+    return tuple(task.example(split, i, row) for i, row in enumerate(rows))
 
 
 def probe(source: Mapping[str, Any], split: str, data_dir: str | None) -> tuple[bool, str]:
