@@ -65,7 +65,7 @@ def size_of(config: Mapping[str, Any]) -> Size:
     """Parameters of a cell's model and method, counted on the meta device once for each distinct pair."""
     model = {key: config["model"][key] for key in ("name", "architecture", "target_modules", "modules_to_save")}
     model["config"] = dict(config["model"]["config"])
-    if config["model"]["architecture"] == "sequence_classification":
+    if config["model"]["architecture"] in models.CLASSIFIERS:
         source = next(iter(config["eval"].values()))["source"]
         model["config"]["num_labels"] = len(class_labels(source)) or 1
     method = config["method"] if config["method"]["name"] != "adapter" else {"name": "none"}  # nothing is trained
