@@ -24,6 +24,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from kronlab import models
 from kronlab.cell import CONFIG_DIR, SCALES, Cell
 from kronlab.data import class_labels, origins
 from kronlab.errors import KronlabError
