@@ -1,4 +1,4 @@
-"""Classification with a head: sentences to token ids, and the loss on the head's outputs.
+"""Classification with a head: sentences to token ids, images to pixels, and the loss on the head's outputs.
 
 Legend: B batch, T tokens, C outputs of the head (classes; 1 where a score is predicted).
 """
@@ -6,6 +6,7 @@ Legend: B batch, T tokens, C outputs of the head (classes; 1 where a score is pr
 from __future__ import annotations
 
 import inspect
+import json
 from typing import Any
 
 from peft import PeftModel
@@ -38,8 +39,18 @@ def encode_sentences(example: Example, tokenizer: PreTrainedTokenizerBase, *, ma
     )
 
 
+def encode_image(example: Example) -> Encoded:
+    """The image whose pixels the prompt holds, as JSON: channels of rows of whole numbers from 0 to 255."""
+    channels = json.loads(example.prompt)
+    return Encoded(
+        input_ids=[pixel for rows in channels for row in rows for pixel in row],
+        labels=[example.meta["label"]],
+        image=(len(channels), len(channels[0]), len(channels[0][0])),
+    )
+
+
 class ClassificationHead:
-    """Runs a sequence classification model; an `Objective` of `kronlab.train`.
+    """Runs a sequence or image classification model; an `Objective` of `kronlab.train`.
 
     Classes: cross entropy. Scores (`regression`): squared error, one output.
     """
@@ -50,7 +61,7 @@ class ClassificationHead:
         if isinstance(network, PeftModel):
             base = network.get_base_model()
         # DistilBERT and LLaMA are not told which sentence a token belongs to, whatever their tokenizer says
-        self._inputs = {"input_ids", "attention_mask", "token_type_ids"} & set(
+        self._inputs = {"input_ids", "attention_mask", "token_type_ids", "pixel_values"} & set(
             inspect.signature(base.forward).parameters
         )
 

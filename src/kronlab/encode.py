@@ -28,6 +28,7 @@ class Encoded:
     Encoder-decoder models read the prompt as `input_ids`; `labels` is completion + EOS.
     For a classification head, `labels` is one class or one score (`kronlab.classification`); for multiple choice it is
     the index of the right choice, and `input_ids` are all choices one after another (`kronlab.multiple_choice`).
+    Of an image, `input_ids` are the brightnesses of its pixels, 0 to 255, by channel, row and column.
     """
 
     input_ids: list[int]
@@ -35,6 +36,7 @@ class Encoded:
     truncated: bool = False
     token_type_ids: list[int] | None = None  # which sentence of a pair, where the model is told
     choices: list[int] | None = None  # multiple choice: the length of each choice in input_ids
+    image: tuple[int, int, int] | None = None  # channels, height, width
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -67,10 +69,14 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerBase, *, causal: bool
 def collate(rows: Sequence[Encoded], *, pad_id: int) -> dict[str, Tensor]:
     """Pad on the right to the longest row: input_ids, attention_mask (B, T) and labels (B, T or longest completion).
 
-    token_type_ids (B, T) are there if the rows have them. Rows with choices become (B, K, T), see `_collate_choices`.
+    token_type_ids (B, T) are there if the rows have them. Rows with choices become (B, K, T), see `_collate_choices`;
+    images, which must be of one size, become pixel_values (B, C, H, W) between -1 and 1, and labels (B, 1).
     """
     if rows[0].choices is not None:
         return _collate_choices(rows, pad_id)
+    if rows[0].image is not None:
+        pixels = torch.tensor([row.input_ids for row in rows]).view(len(rows), *rows[0].image)
+        return {"pixel_values": pixels / 127.5 - 1, "labels": torch.tensor([row.labels for row in rows])}
 
     def padded(lists: Sequence[Sequence[float]], value: int) -> Tensor:
         longest = max(map(len, lists))

@@ -24,6 +24,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from kronlab import models
 from kronlab.cell import CONFIG_DIR, SCALES, Cell
 from kronlab.data import class_labels, origins
 from kronlab.errors import KronlabError
@@ -65,7 +66,7 @@ def size_of(config: Mapping[str, Any]) -> Size:
     """Parameters of a cell's model and method, counted on the meta device once for each distinct pair."""
     model = {key: config["model"][key] for key in ("name", "architecture", "target_modules", "modules_to_save")}
     model["config"] = dict(config["model"]["config"])
-    if config["model"]["architecture"] == "sequence_classification":
+    if config["model"]["architecture"] in models.CLASSIFIERS:
         source = next(iter(config["eval"].values()))["source"]
         model["config"]["num_labels"] = len(class_labels(source)) or 1
     method = config["method"] if config["method"]["name"] != "adapter" else {"name": "none"}  # nothing is trained

@@ -28,7 +28,7 @@ from kronlab import interrupt, lease, methods, models, moved_base, runs
 from kronlab.adapters import QuantisedAdapter, load_quantised, quantize_adapter
 from kronlab.adapters.init import gradient_init_, layer_gradients
 from kronlab.cell import RECORD_SCHEMA, Cell
-from kronlab.classification import ClassificationHead, encode_sentences
+from kronlab.classification import ClassificationHead, encode_image, encode_sentences
 from kronlab.data import Example, class_labels, few_shot, fingerprint, load_examples
 from kronlab.encode import Encoded, Objective, SupervisedHead, collate, encode
 from kronlab.errors import Busy, CheckpointError, ConfigError, KronlabError, ModelError
@@ -282,7 +282,7 @@ def _head(config: dict[str, Any]) -> models.Head | None:
     training = methods.trains(config["method"])
     if config["model"]["architecture"] == "multiple_choice":  # one score for each choice
         return models.Head(labels=(), seed=config["seed"] if training else 0)
-    if config["model"]["architecture"] != "sequence_classification":
+    if config["model"]["architecture"] not in models.CLASSIFIERS:
         return None
     asking = {f"eval {name}": settings for name, settings in config["eval"].items()}
     if training:
@@ -300,10 +300,11 @@ def _head(config: dict[str, Any]) -> models.Head | None:
 def _road(config: dict[str, Any], network: nn.Module, tokenizer: Any) -> tuple[Callable[[Example], Encoded], Objective]:
     """How a model of this architecture reads an example, and what its training minimises."""
     architecture, max_length = config["model"]["architecture"], config["task"]["max_length"]
-    if architecture == "sequence_classification":
-        regression = not class_labels(config["task"]["source"])
-        read = partial(encode_sentences, tokenizer=tokenizer, max_length=max_length)
-        return read, ClassificationHead(network, regression=regression)
+    if architecture in models.CLASSIFIERS:
+        head = ClassificationHead(network, regression=not class_labels(config["task"]["source"]))
+        if architecture == "image_classification":
+            return encode_image, head
+        return partial(encode_sentences, tokenizer=tokenizer, max_length=max_length), head
     if architecture == "multiple_choice":
         return partial(encode_question, tokenizer=tokenizer, max_length=max_length), MultipleChoiceHead(network)
     causal = architecture == "causal_lm"

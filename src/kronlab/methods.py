@@ -33,7 +33,7 @@ def _common(model: Mapping[str, Any], method: Mapping[str, Any], network: nn.Mod
     """The arguments that every PEFT config shares. A classification head is trained in full, beside the adapter."""
     targets = method["target_modules"]
     kept = model.get("modules_to_save")
-    if not kept and model["architecture"] in ("sequence_classification", "multiple_choice"):
+    if not kept and model["architecture"] in models.WITH_HEAD:
         kept = head_modules(network)
     return {
         "target_modules": targets if isinstance(targets, str) else list(targets),

@@ -41,7 +41,10 @@ _AUTO_CLASS = {
     "seq2seq_lm": "AutoModelForSeq2SeqLM",
     "sequence_classification": "AutoModelForSequenceClassification",
     "multiple_choice": "AutoModelForMultipleChoice",
+    "image_classification": "AutoModelForImageClassification",
 }
+CLASSIFIERS = ("sequence_classification", "image_classification")  # architectures whose head has an output for each class
+WITH_HEAD = (*CLASSIFIERS, "multiple_choice")  # the head is trained in full beside an adapter
 
 
 @dataclass(frozen=True)
@@ -214,7 +217,7 @@ def _byte_alphabet() -> list[str]:
 def build_config(model: Mapping[str, Any]) -> Any:
     """The transformers config of a model from the numbers shipped in `configs/model/`; nothing is downloaded."""
     fields = dict(model["config"])
-    if model["architecture"] in ("sequence_classification", "multiple_choice"):
+    if model["architecture"] in WITH_HEAD:
         fields.setdefault("num_labels", 2)
     kind = fields.pop("model_type")
     if "rope_theta" in fields and "rope_parameters" not in fields:
@@ -293,12 +296,13 @@ def _key(model: Mapping[str, Any], dtype: torch.dtype, source: str, head: Head |
 def load(
     model: Mapping[str, Any], *, dtype: torch.dtype, source: str | None = None, head: Head | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load base weights (in `dtype`, on the CPU) and the tokenizer.
+    """Load base weights (in `dtype`, on the CPU) and the tokenizer; an image model has none and gets the byte tokenizer,
+    which nothing asks.
 
     The generation defaults that come with a checkpoint are cleared: decoding depends on our configuration alone.
 
     Args:
-        head: for `architecture: sequence_classification`, what the head predicts; None: the checkpoint's own.
+        head: for an architecture `WITH_HEAD`, what the head predicts; None: the checkpoint's own.
     """
     source = source or resolve_source(model)
     if source == "cell":
@@ -323,7 +327,10 @@ def load(
             with _quiet(), torch.random.fork_rng(devices=[]):
                 torch.manual_seed(head.seed if head else 0)  # weights that the checkpoint lacks are drawn
                 network = auto_class(model["architecture"]).from_pretrained(where, dtype=dtype, **arguments, **wanted)
-                tokenizer = AutoTokenizer.from_pretrained(where, **arguments)
+                if model["architecture"] == "image_classification":
+                    tokenizer = byte_tokenizer()
+                else:
+                    tokenizer = AutoTokenizer.from_pretrained(where, **arguments)
         except (OSError, ValueError) as error:
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             gate = " (a gated model: accept its licence on the hub and log in)" if model.get("gated") else ""

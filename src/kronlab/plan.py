@@ -194,7 +194,7 @@ def _size(network: nn.Module, model: Mapping[str, Any], trainable: int, base: in
         base=base,
         hidden=config.hidden_size,
         depth=int(getattr(config, "num_hidden_layers", 0)) + int(getattr(config, "num_decoder_layers", 0) or 0),
-        vocabulary=config.vocab_size,
+        vocabulary=getattr(config, "vocab_size", 0),  # an image model has none
         generates=model["architecture"] in ("causal_lm", "seq2seq_lm"),
     )
 

@@ -13,6 +13,7 @@ from typing import Any
 from kronlab.data import (
     codefeedback,
     commonsense,
+    digits,
     glue,
     gsm8k,
     humaneval,
@@ -51,6 +52,7 @@ LOADERS = {
     "mbpp": mbpp,
     "codefeedback": codefeedback,
     "mixture": mixture,
+    "digits": digits,
 }
 """Source name -> module with ``load`` and ``probe``, which `load_examples` and `available` call."""
 
@@ -122,7 +124,7 @@ def class_labels(source: Mapping[str, Any]) -> tuple[str, ...]:
     module = _loader(source)
     if not hasattr(module, "labels"):
         raise ConfigError(
-            f"data source {source['name']!r} has no classes; a classification head needs one that has: glue"
+            f"data source {source['name']!r} has no classes; a classification head needs one that has: glue, digits"
         )
     return tuple(module.labels(source))
 

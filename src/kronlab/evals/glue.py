@@ -1,4 +1,5 @@
-"""GLUE and other tasks with classes, by two protocols: a classification head, and label words of a language model.
+"""GLUE and other tasks with classes, by two protocols: a classification head (of sentences, or images), and label words
+of a language model.
 
 The metrics are GLUE's (Wang et al. 2018, arXiv 1804.07461, table 1), computed by scikit-learn and scipy: accuracy; F1
 of class 1; Matthews' correlation; Pearson's and Spearman's correlation. Where one of them is undefined it is 0, e.g. a
@@ -17,9 +18,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from kronlab.classification import ClassificationHead, encode_sentences
+from kronlab.classification import ClassificationHead, encode_image, encode_sentences
 from kronlab.data import Example, class_labels, glue
-from kronlab.encode import collate
+from kronlab.encode import Encoded, collate
 from kronlab.errors import ConfigError, KronlabError
 from kronlab.evals.harness import Harness, Row, Settings, Subject, positive
 from kronlab.evals.statistics import bootstrap_metric, mean_metric, ratio_metric
@@ -108,7 +109,9 @@ _RESAMPLED = {"f1": _fast_f1, "matthews": _fast_matthews}
 
 
 class _Classes(Harness):
-    """What both protocols share: `source` names the classes, `metrics` lists what is computed, the headline first."""
+    """What the protocols share: `source` names the classes, `metrics` lists what is computed, the headline first."""
+
+    sizes: ClassVar[tuple[str, ...]] = ("batch_size", "max_length")
 
     def faults(self, name: str, settings: Settings) -> Iterator[str]:
         try:
@@ -120,7 +123,7 @@ class _Classes(Harness):
         chosen = list(settings.get("metrics") or ())
         if not chosen or set(chosen) - set(allowed):
             yield f"eval.{name}.metrics={chosen}: must be a list of {', '.join(allowed)}"
-        for key in ("batch_size", "max_length"):
+        for key in self.sizes:
             if not positive(self._sizes(settings).get(key)):
                 yield f"eval.{name}.{key}={self._sizes(settings).get(key)!r}: must be a whole number of at least 1"
 
@@ -148,7 +151,7 @@ class Classification(_Classes):
 
     @torch.inference_mode()
     def collect(self, subject: Subject, batch: Sequence[Example], settings: Settings) -> list[Row]:
-        rows = [encode_sentences(example, subject.tokenizer, max_length=settings["max_length"]) for example in batch]
+        rows = [self._read(example, subject, settings) for example in batch]
         inputs = collate(rows, pad_id=subject.tokenizer.pad_token_id)  # type: ignore[arg-type]
         head = ClassificationHead(subject.network, regression=not class_labels(settings["source"]))
         logits = head.logits(subject.network, {name: ids.to(subject.device) for name, ids in inputs.items()}).tolist()
@@ -157,6 +160,9 @@ class Classification(_Classes):
              "tokens": len(row), "truncated": row.truncated}
             for example, row, outputs in zip(batch, rows, logits, strict=True)
         ]  # fmt: skip
+
+    def _read(self, example: Example, subject: Subject, settings: Settings) -> Encoded:
+        return encode_sentences(example, subject.tokenizer, max_length=settings["max_length"])
 
     def grade(self, row: Row, settings: Settings) -> Row:
         """`answer` is the class of the largest output, or the score; a score is right within 0.5."""
@@ -191,6 +197,18 @@ def _cross_entropy(row: Row) -> float:
 
 def _squared_error(row: Row) -> float:
     return (row["logits"][0] - row["label"]) ** 2
+
+
+class ImageClassification(Classification):
+    """The same of images (`kronlab.classification.encode_image`): `batch_size`. A row's `tokens` are its pixels."""
+
+    kind: ClassVar[str] = "image_classification"
+    version: ClassVar[str] = "1"
+    architectures: ClassVar[tuple[str, ...]] = ("image_classification",)
+    sizes: ClassVar[tuple[str, ...]] = ("batch_size",)
+
+    def _read(self, example: Example, subject: Subject, settings: Settings) -> Encoded:
+        return encode_image(example)
 
 
 class LabelWords(_Classes):

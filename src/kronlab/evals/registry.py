@@ -6,13 +6,15 @@ from kronlab.evals.choice import Choice
 from kronlab.evals.choice_head import ChoiceHead
 from kronlab.evals.code import Code
 from kronlab.evals.generation import Generation
-from kronlab.evals.glue import Classification, LabelWords
+from kronlab.evals.glue import Classification, ImageClassification, LabelWords
 from kronlab.evals.harness import Harness, Settings
 from kronlab.evals.lm_eval import LmEval
 
 HARNESSES: dict[str, Harness] = {
     harness.kind: harness
-    for harness in (Generation(), Classification(), LabelWords(), Choice(), ChoiceHead(), LmEval(), Code())
+    for harness in (
+        Generation(), Classification(), ImageClassification(), LabelWords(), Choice(), ChoiceHead(), LmEval(), Code(),
+    )  # fmt: skip
 }
 """Kind -> harness; an eval section without `kind` is "generation"."""
 
