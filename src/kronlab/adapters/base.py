@@ -10,8 +10,10 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from types import MappingProxyType
 from typing import Any, ClassVar, Protocol
 
@@ -35,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 SCALINGS = ("cdka", "rslora", "lora")
 INITS = ("kaiming", "gaussian", "orthogonal", "gradient")
+BASE_NAME = "__base__"  # PEFT's name, among `adapter_names`, for rows that get no adapter
 
 
 class UnsupportedLayerError(KronlabError, TypeError):
@@ -525,22 +528,46 @@ class KronLinear(nn.Module, BaseTunerLayer):
                 weight = self.get_base_layer().weight
                 weight.data.copy_(weight.data - self.get_delta_weight(name).to(weight.device))
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
+        """With ``adapter_names``, row i of x gets the adapter adapter_names[i] alone; BASE_NAME: none.
+
+        Raises:
+            ConfigError: not one name for each row, or an adapter is merged.
+        """
         if self.disable_adapters and self.merged:
             self.unmerge()
-        names = [name for name in self.active_adapters if name in self.components]
+        names = [name for name in self._names_for(x, adapter_names) if name in self.components]
         if self.disable_adapters or self.merged or not names:
             return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None and len(set(adapter_names)) > 1:
+            result: Any = self.base_layer(x, *args, **kwargs)
+            for name, rows in rows_by_name(tuple(adapter_names), x.device).items():
+                if name in self.components:
+                    result[rows] = self._add_delta(name, x[rows], result[rows]).to(result.dtype)
+            return result
         plain = None if args or kwargs else self._plain_base(x, names[0])
-        result: Any = self.base_layer(x, *args, **kwargs) if plain is None else plain
+        result = self.base_layer(x, *args, **kwargs) if plain is None else plain
         dtype = result.dtype if plain is None else plain.weight.dtype
-        autocast = torch.is_autocast_enabled(x.device.type)
         for name in names:
-            weight = self.factor(self.factor_names[0])[name]
-            inputs = x if autocast else self._cast_input_dtype(x, weight.dtype)
-            keep, scale = self._dropped(name, inputs)
-            result = self.apply_delta(name, inputs, result, keep, scale)
+            result = self._add_delta(name, x, result)
         return result.to(dtype)
+
+    def _names_for(self, x: Tensor, adapter_names: Sequence[str] | None) -> list[str]:
+        """The adapters that are asked for: the active ones, or those of the rows, each once."""
+        if adapter_names is None or self.disable_adapters:
+            return list(self.active_adapters)
+        if len(adapter_names) != len(x):
+            raise ConfigError(f"adapter_names has {len(adapter_names)} names for {len(x)} rows; give one for each row")
+        if self.merged:
+            raise ConfigError("adapter_names goes with adapters that are not merged; call unmerge_adapter() first")
+        return list(dict.fromkeys(adapter_names))
+
+    def _add_delta(self, adapter_name: str, x: Tensor, base: Tensor | PlainLinear) -> Tensor:
+        """base + dropout(x) · ΔWᵀ, x in the dtype that the adapter computes in."""
+        weight = self.factor(self.factor_names[0])[adapter_name]
+        inputs = x if torch.is_autocast_enabled(x.device.type) else self._cast_input_dtype(x, weight.dtype)
+        keep, scale = self._dropped(adapter_name, inputs)
+        return self.apply_delta(adapter_name, inputs, base, keep, scale)
 
     def _plain_base(self, x: Tensor, adapter_name: str) -> PlainLinear | None:
         """The base layer as a weight that the adapter's operator may multiply x with itself, in the same node.
@@ -592,18 +619,36 @@ class KronEmbedding(KronLinear):
         """Rows ``ids`` of ΔWᵀ: (...) -> (..., d_out)."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:
             self.unmerge()
+        names = [name for name in self._names_for(x, adapter_names) if name in self.components]
         result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return result
         dtype, scale = result.dtype, self._get_embed_scale()
-        for name in self.active_adapters:
-            if name in self.components:
-                rows = self.lookup_delta(name, x)
-                result = result + (rows if scale is None else rows * scale.to(rows))
+        everywhere: dict[str, Any] = dict.fromkeys(names, slice(None))
+        where = everywhere if adapter_names is None else rows_by_name(tuple(adapter_names), x.device)
+        for name in names:
+            rows = where[name]
+            delta = self.lookup_delta(name, x[rows])
+            delta = delta if scale is None else delta * scale.to(delta)
+            if adapter_names is None:
+                result = result + delta
+            else:
+                result[rows] = (result[rows] + delta).to(dtype)
         return result.to(dtype)
+
+
+@lru_cache(maxsize=64)  # every layer of a model asks for the same
+def rows_by_name(names: tuple[str, ...], device: torch.device) -> dict[str, slice | Tensor]:
+    """Name -> where it stands in ``names``: a slice where its rows follow each other, else their indices."""
+    found: dict[str, slice | Tensor] = {}
+    for name in dict.fromkeys(names):
+        at = [i for i, other in enumerate(names) if other == name]
+        together = at[-1] - at[0] == len(at) - 1
+        found[name] = slice(at[0], at[-1] + 1) if together else torch.tensor(at, device=device)
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------ model
@@ -684,6 +729,41 @@ class KronModel(BaseTuner):
         _check_fits(model, adapter_name, given, cls._get_learnable_bias_state_dict(model, model.state_dict(), config))
         return given
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT's way to one adapter for each row: what ``PeftModel.forward(adapter_names=[...])`` comes down to."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        self._check_names(names)
+        copies = _copies(self.model, args, kwargs)
+        layers = [m for m in self.model.modules() if isinstance(m, KronLinear | AuxiliaryTrainingWrapper)]
+        give = partial(_give_names, list(names), [name for name in names for _ in range(copies)])
+        handles = [layer.register_forward_pre_hook(give, with_kwargs=True) for layer in layers]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _check_names(self, names: Sequence[str]) -> None:
+        """Raise ConfigError where ``adapter_names`` cannot be had."""
+        if self.training:
+            raise ConfigError("adapter_names is for inference; call model.eval() first")
+        asked = set(names) - {BASE_NAME}
+        if unknown := sorted(asked - self.peft_config.keys()):
+            raise ConfigError(f"adapter_names: {unknown[0]!r} is not loaded; there are {', '.join(self.peft_config)}")
+        for path, module in self.model.named_modules():
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                # PEFT asks the active adapter whether there is anything to do, and then every name for its module.
+                lacking = sorted((asked | set(module.active_adapters)) - set(module._adapters))
+                if lacking:
+                    raise ConfigError(
+                        f"adapter_names: {path} is trained in full by some adapters and not by {lacking[0]!r}; mix "
+                        "adapters with the same modules_to_save"
+                    )
+
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """See :func:`kronlab.adapters.combine.add_weighted_adapter`; PEFT's users look for it here."""
         from kronlab.adapters.combine import add_weighted_adapter  # it needs both methods, which need this module
@@ -725,6 +805,24 @@ class KronModel(BaseTuner):
                         "output layer's weight = torch.nn.Parameter(weight.detach().clone())), or use the "
                         "adapter unmerged"
                     )
+
+
+def _copies(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """Rows that a model makes of one: beams or samples of ``generate``, choices of a multiple choice."""
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    if isinstance(ids, Tensor) and ids.ndim == 3:
+        return ids.shape[1]
+    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+    asked = (kwargs.get(key) or getattr(config, key, None) or 1 for key in ("num_beams", "num_return_sequences"))
+    return max(asked)
+
+
+def _give_names(
+    names: list[str], copied: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A forward pre-hook: the names of the rows that a layer is given; an encoder gets them before they are copied."""
+    kwargs["adapter_names"] = names if len(args[0]) == len(names) else copied
+    return args, kwargs
 
 
 def _is_hooked(layer: nn.Module) -> bool:

@@ -26,22 +26,34 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kronlab.adapters.peft_hook import BaseTunerLayer, get_peft_model_state_dict, set_peft_model_state_dict
+from kronlab.adapters.checkpoint import WEIGHTS_FILE, read_tensors
+from kronlab.adapters.peft_hook import (
+    BaseTunerLayer,
+    PeftConfig,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from kronlab.errors import CheckpointError, ConfigError
 
 __all__ = [
     "FORMATS",
+    "PACKED_FILE",
     "PackedTensor",
     "QuantisedAdapter",
     "format_of",
     "load_quantised",
     "nf4_levels",
     "quantize_adapter",
+    "read_adapter",
+    "save_packed",
 ]
 
 FORMATS = {"fp16": 16, "int8": 8, "nf4": 4, "int4": 4}
 _DEFAULT_FORMAT = {16: "fp16", 8: "int8", 4: "nf4"}
 _METADATA = "kronlab_quantised_adapter"
+# Beside adapter_config.json. Not the name of PEFT's own file: without kronlab, PEFT would find no tensor that it knows
+# in it, and go on with an untrained adapter.
+PACKED_FILE = "adapter_quantised.safetensors"
 
 
 @cache
@@ -160,7 +172,7 @@ def format_of(bits: int | None, kind: str | None = None, group_size: int = 64) -
 
 def quantize_adapter(
     source: nn.Module | Mapping[str, Tensor],
-    bits: int,
+    bits: int | None = None,
     *,
     group_size: int = 64,
     kind: str | None = None,
@@ -170,9 +182,9 @@ def quantize_adapter(
 
     Args:
         source: a PEFT model, or the tensors of an adapter checkpoint by name.
-        bits: 16, 8 or 4.
+        bits: 16, 8 or 4; None: those of ``kind``.
         group_size: elements that share a scale; even.
-        kind: a key of ``FORMATS``; None takes fp16, int8 or nf4.
+        kind: a key of ``FORMATS``; None takes fp16, int8 or nf4, by the bits.
         adapter_name: which adapter of the model.
 
     Raises:
@@ -182,7 +194,8 @@ def quantize_adapter(
         form = format_of(bits, kind, group_size)
     except ConfigError as error:
         raise ConfigError(f"quantize_adapter: {error}") from None
-    assert form is not None
+    if form is None:
+        raise ConfigError("quantize_adapter: give bits or kind")
     kind = form[1]
     given: Mapping[str, Tensor]
     if isinstance(source, nn.Module):
@@ -201,6 +214,26 @@ def quantize_adapter(
         norm = float(exact.norm())
         tensors[key], errors[key] = packed, float(lost) / norm if norm else 0.0
     return QuantisedAdapter(kind, group_size, tensors, errors)
+
+
+def save_packed(adapter: QuantisedAdapter, config: PeftConfig, directory: str | Path) -> None:
+    """Write a packed adapter with its PEFT config: a folder that ``PeftModel.from_pretrained`` loads, with kronlab."""
+    target = Path(directory)
+    target.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(target))
+    adapter.save(target / PACKED_FILE)
+
+
+def read_adapter(directory: str | Path) -> dict[str, Tensor]:
+    """The tensors of an adapter folder, PEFT's or packed; packed ones in float32.
+
+    Raises:
+        CheckpointError: there is no such file, or it cannot be read.
+    """
+    folder = Path(directory)
+    if (folder / PACKED_FILE).is_file() and not (folder / WEIGHTS_FILE).is_file():
+        return QuantisedAdapter.load(folder / PACKED_FILE).state_dict()
+    return read_tensors(folder / WEIGHTS_FILE)
 
 
 def load_quantised(model: nn.Module, adapter: QuantisedAdapter, adapter_name: str = "default") -> float | None:
