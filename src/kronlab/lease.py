@@ -9,9 +9,9 @@ is there: of several that find the old holder dead, one wins. The highest number
 finds a higher number than its own after it has made it, and gives way.
 
 The holder rewrites its file every `BEAT_S` seconds. It is dead if its process is gone, which is seen at once on the
-same machine, even if another process has its number by now; elsewhere, if the file has not changed for `stale_after` seconds
-of the observer's own monotonic clock: no two clocks are ever compared. A holder that was taken for dead, because it was
-stopped for so long, finds the higher number and stops.
+same machine, even if another process has its number by now; elsewhere, if the file has not changed for `stale_after`
+seconds of the observer's own monotonic clock: no two clocks are ever compared. A holder that was taken for dead,
+because it was stopped for so long, finds the higher number and stops.
 
 The file system must have hard links and atomic renames, and show them to all machines within `stale_after`: local Linux
 file systems and NFS do; FAT and most mounts of object stores have no links, which is said in one line.
