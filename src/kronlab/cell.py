@@ -49,6 +49,7 @@ NEUTRAL: dict[str, Any] = {
     "method.budget": None,
     "method.init_batches": 8,
     "method.lr_ratio": None,
+    "model.rope": None,
     "trainer.compile": False,
     "trainer.loss_rows": None,
 }

@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -43,7 +43,7 @@ _AUTO_CLASS = {
     "multiple_choice": "AutoModelForMultipleChoice",
     "image_classification": "AutoModelForImageClassification",
 }
-CLASSIFIERS = ("sequence_classification", "image_classification")  # architectures whose head has an output for each class
+CLASSIFIERS = ("sequence_classification", "image_classification")  # the head has an output for each class
 WITH_HEAD = (*CLASSIFIERS, "multiple_choice")  # the head is trained in full beside an adapter
 
 
@@ -222,7 +222,28 @@ def build_config(model: Mapping[str, Any]) -> Any:
     kind = fields.pop("model_type")
     if "rope_theta" in fields and "rope_parameters" not in fields:
         fields["rope_parameters"] = {"rope_type": "default", "rope_theta": fields.pop("rope_theta")}
-    return AutoConfig.for_model(kind, **fields)
+    config = AutoConfig.for_model(kind, **fields)
+    _rescale_positions(config, model)
+    return config
+
+
+def _rescale_positions(config: Any, model: Mapping[str, Any]) -> None:
+    """Lay `model.rope` over the rotary positions that the model has: more positions than it was trained with.
+
+    Raises:
+        ConfigError: the model has no rotary positions, or transformers does not know the type.
+    """
+    rope = model.get("rope")
+    if not rope:
+        return
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    if not isinstance(getattr(config, "rope_parameters", None), dict):
+        raise ConfigError(f"model {model['name']}: model.rope is set; a {config.model_type} has no rotary positions")
+    if rope.get("rope_type") not in ROPE_INIT_FUNCTIONS:
+        known = ", ".join(ROPE_INIT_FUNCTIONS)
+        raise ConfigError(f"model {model['name']}: model.rope.rope_type={rope.get('rope_type')!r}; use one of {known}")
+    config.rope_parameters = {**config.rope_parameters, **rope}
 
 
 def build_on_meta(model: Mapping[str, Any]) -> PreTrainedModel:
@@ -296,8 +317,9 @@ def _key(model: Mapping[str, Any], dtype: torch.dtype, source: str, head: Head |
 def load(
     model: Mapping[str, Any], *, dtype: torch.dtype, source: str | None = None, head: Head | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load base weights (in `dtype`, on the CPU) and the tokenizer; an image model has none and gets the byte tokenizer,
-    which nothing asks.
+    """Load base weights (in `dtype`, on the CPU) and the tokenizer.
+
+    An image model has no tokenizer and gets that of bytes, which nothing asks.
 
     The generation defaults that come with a checkpoint are cleared: decoding depends on our configuration alone.
 
@@ -321,20 +343,27 @@ def load(
         tokenizer = byte_tokenizer()
     else:
         where = _weights_location(model, source)
-        arguments = {"revision": model["revision"]} if source == "hub" and model.get("revision") else {}
-        wanted = head.fields if head else {}
+        revision = {"revision": model["revision"]} if source == "hub" and model.get("revision") else {}
+        arguments: dict[str, Any] = {**revision, **(head.fields if head else {})}
         try:
             with _quiet(), torch.random.fork_rng(devices=[]):
                 torch.manual_seed(head.seed if head else 0)  # weights that the checkpoint lacks are drawn
-                network = auto_class(model["architecture"]).from_pretrained(where, dtype=dtype, **arguments, **wanted)
+                if model.get("rope"):
+                    config = AutoConfig.from_pretrained(where, **arguments)
+                    _rescale_positions(config, model)
+                    arguments = {**revision, "config": config}
+                network = auto_class(model["architecture"]).from_pretrained(where, dtype=dtype, **arguments)
                 if model["architecture"] == "image_classification":
                     tokenizer = byte_tokenizer()
                 else:
-                    tokenizer = AutoTokenizer.from_pretrained(where, **arguments)
+                    tokenizer = AutoTokenizer.from_pretrained(where, **revision)
         except (OSError, ValueError) as error:
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             gate = " (a gated model: accept its licence on the hub and log in)" if model.get("gated") else ""
             raise ModelError(f"model {model['name']}: cannot load from {where}{gate}: {first}") from error
+    # Some architectures (ViT) would be saved under older names of their weights, and what loads a checkpoint into a
+    # network that is there, as a resumed training does, would take none of them and say nothing.
+    network.save_pretrained = partial(network.save_pretrained, save_original_format=False)
     if getattr(network, "generation_config", None) is not None:
         network.generation_config = transformers.GenerationConfig()
     if tokenizer.pad_token_id is None:

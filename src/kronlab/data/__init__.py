@@ -24,6 +24,7 @@ from kronlab.data import (
     metamathqa,
     mixture,
     reasoning_gym,
+    retrieve_sum,
 )
 from kronlab.data.common import Example, LengthFn, check_n, did_you_mean, find_local, fingerprint
 from kronlab.errors import ConfigError, KronlabError
@@ -53,6 +54,7 @@ LOADERS = {
     "codefeedback": codefeedback,
     "mixture": mixture,
     "digits": digits,
+    "retrieve_sum": retrieve_sum,
 }
 """Source name -> module with ``load`` and ``probe``, which `load_examples` and `available` call."""
 

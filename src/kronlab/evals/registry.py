@@ -13,8 +13,9 @@ from kronlab.evals.lm_eval import LmEval
 HARNESSES: dict[str, Harness] = {
     harness.kind: harness
     for harness in (
-        Generation(), Classification(), ImageClassification(), LabelWords(), Choice(), ChoiceHead(), LmEval(), Code(),
-    )  # fmt: skip
+        *(Generation(), Classification(), ImageClassification(), LabelWords(), Choice(), ChoiceHead()),
+        *(LmEval(), Code()),
+    )
 }
 """Kind -> harness; an eval section without `kind` is "generation"."""
 

@@ -15,7 +15,7 @@ from typing import Any, Final
 from matplotlib.figure import Figure
 
 from kronlab.errors import ConfigError
-from kronlab.report.figures import curves, forest, kept, loss, pareto
+from kronlab.report.figures import across, curves, forest, kept, loss, pareto
 from kronlab.report.figures.alignment import alignment_figure
 from kronlab.report.figures.cost import cost_figure
 from kronlab.report.figures.points import Point, Source, as_csv
@@ -45,6 +45,7 @@ class Kind:
 
 KINDS: Final[Mapping[str, Kind]] = {
     "curves": Kind(curves.gather, curves.plot, frozenset({"eval", "metric", "panels"}), frozenset({"baseline"})),
+    "across": Kind(across.gather, across.plot, frozenset({"evals", "metric", "axis"}), frozenset({"rows", "title"})),
     "pareto": Kind(pareto.gather, pareto.plot, frozenset({"eval", "metric"}), frozenset({"rows"})),
     "loss": Kind(loss.gather, loss.plot, frozenset(), frozenset({"rows", "window"})),
     "kept": Kind(kept.gather, kept.plot, frozenset()),

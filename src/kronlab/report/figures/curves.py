@@ -41,7 +41,7 @@ def gather(source: Source, entry: Mapping[str, Any]) -> list[Point]:
     for panel in entry["panels"]:
         for row in source.pick(panel["rows"]):
             if records := done(row):
-                x = _on_axis(source, row, records[0], panel["axis"])
+                x = number_at(source, row, records[0]["config"], panel["axis"])
                 points += metric_points(row, entry, panel=_title(panel), x=x)
     if not points:
         return []
@@ -54,8 +54,13 @@ def _title(panel: Mapping[str, Any]) -> str:
     return str(panel.get("title", panel["axis"].rpartition(".")[2]))
 
 
-def _on_axis(source: Source, row: RowResult, record: Mapping[str, Any], axis: str) -> float:
-    value: Any = record["config"]
+def number_at(source: Source, row: RowResult, section: Mapping[str, Any], axis: str) -> float:
+    """The number at the dotted path `axis` of a section of a record's config.
+
+    Raises:
+        ConfigError: there is none that is positive.
+    """
+    value: Any = section
     for step in axis.split("."):
         value = value.get(step) if isinstance(value, Mapping) else None
     if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
@@ -72,7 +77,7 @@ def plot(source: Source, entry: Mapping[str, Any], points: Sequence[Point]) -> F
     handles: dict[str, Any] = {}
     for axes, panel in zip(drawn, panels, strict=True):
         handles |= _baseline(axes, source, [point for point in points if point.x is None])
-        handles |= _lines(axes, source, [point for point in points if point.panel == _title(panel)])
+        handles |= draw_lines(axes, source, [point for point in points if point.panel == _title(panel)])
         axes.set_xlabel(panel["axis"].rpartition(".")[2])
         axes.set_title(_title(panel))
     drawn[0].set_ylabel(f"{metric_title(source, entry)}\n{unit_of(entry['metric']).better}")
@@ -97,8 +102,12 @@ def _baseline(axes: Axes, source: Source, points: Sequence[Point]) -> dict[str, 
     return handles
 
 
-def _lines(axes: Axes, source: Source, points: Sequence[Point]) -> dict[str, Any]:
-    """One line for each method and group; its look is that of its first row in the table."""
+def draw_lines(axes: Axes, source: Source, points: Sequence[Point]) -> dict[str, Any]:
+    """One line for each method and group, on a log2 axis; its look is that of its first row in the table.
+
+    Returns:
+        What a legend shows: name -> line.
+    """
     looks = source.looks()
     of_row = {row.key: (source.method(row), row.group) for row in source.rows}
     series: dict[tuple[str, str], list[Point]] = {}
