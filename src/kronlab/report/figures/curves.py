@@ -121,7 +121,7 @@ def _lines(axes: Axes, source: Source, points: Sequence[Point]) -> dict[str, Any
             markersize=4.5,
             elinewidth=1,
         )
-        name = means[0].label if len(means) == 1 else _family(means[0].label)
+        name = means[0].label if len(means) == 1 else family(means[0].label)
         handles[f"{name}, {group}" if group else name] = bars
     ticks = sorted({point.position for point in points})
     axes.set_xscale("log", base=2)
@@ -131,7 +131,7 @@ def _lines(axes: Axes, source: Source, points: Sequence[Point]) -> dict[str, Any
     return handles
 
 
-def _family(label: str) -> str:
+def family(label: str) -> str:
     """A row's label without its sizes: CDKA (2,8,4) -> CDKA, LoRA r=8 -> LoRA."""
     return re.split(r" \(| r=", label, maxsplit=1)[0]
 
