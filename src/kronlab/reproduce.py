@@ -85,11 +85,35 @@ def load_rows(spec: Mapping[str, Any], scale: str, results_dir: str | Path) -> l
     Raises:
         ConfigError: the table is not made of cells, or has no such scale.
     """
+    _need_cells(spec)
+    store = Store(results_dir)
+    return _results(recorded_rows(spec, scale, store, [])[0], store)
+
+
+def recorded_table(spec: Mapping[str, Any], scale: str, results_dir: str | Path) -> tuple[Table, list[RowResult]]:
+    """A table of cells laid out from the records that are there, and its rows; runs and writes nothing.
+
+    Raises:
+        ConfigError: as `load_rows`.
+    """
+    _need_cells(spec)
+    store = Store(results_dir)
+    return _laid_out(spec, scale, *recorded_rows(spec, scale, store, []), store)
+
+
+def _need_cells(spec: Mapping[str, Any]) -> None:
     kind = spec.get("kind", "cells")
     if kind not in BUILDERS:
         raise ConfigError(f"{spec['name']} is made of no cells (kind={kind}): it has no rows of records")
-    store = Store(results_dir)
-    return _results(recorded_rows(spec, scale, store, [])[0], store)
+
+
+def _laid_out(
+    spec: Mapping[str, Any], scale: str, rows: Sequence[PlannedRow], notes: Sequence[str], store: Store
+) -> tuple[Table, list[RowResult]]:
+    finished = _results(rows, store)
+    lay_out = BUILDERS[spec.get("kind", "cells")]
+    extra_notes = [*notes, *_tuning_notes(rows), *_missing_notes(rows, finished)]
+    return lay_out(spec, scale, finished, extra_notes=extra_notes), finished
 
 
 def recorded_rows(
@@ -160,9 +184,7 @@ def _from_cells(spec: Mapping[str, Any], scale: str, request: Request) -> Table 
             rows, notes = planned(find)
         failed += [f"{name}: {c.why_not()}" for row in rows for name, c in row.tuned() if c.value is None]
         failed += _run([p for row in rows if not row.awaits for p in row.parts], after=len(trials), total=total)
-    finished = _results(rows, store)
-    lay_out = BUILDERS[spec.get("kind", "cells")]
-    table = lay_out(spec, scale, finished, extra_notes=[*notes, *_tuning_notes(rows), *_missing_notes(rows, finished)])
+    table, finished = _laid_out(spec, scale, rows, notes, store)
     written = table.write(Path(request.results_dir) / "tables" / scale)
     if spec["scales"][scale].get("figures"):
         from kronlab.report.figures import draw  # matplotlib is slow to import

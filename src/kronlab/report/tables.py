@@ -99,6 +99,7 @@ class Column:
         more: further numbers of CSV, by what they are.
         block: columns of one block stand together in a table of its own, under the block's name.
         name: the title in CSV, where blocks stand side by side; empty: `title`.
+        parts: each (eval, metric) that the numbers are of, where they are of any.
     """
 
     title: str
@@ -108,6 +109,7 @@ class Column:
     more: Mapping[str, list[float | None]] = field(default_factory=dict)
     block: str = ""
     name: str = ""
+    parts: Sequence[tuple[str, str]] = ()
 
     def numbers(self) -> dict[str, list[float | None]]:
         """Title in CSV -> numbers."""
@@ -181,7 +183,7 @@ def _over_seeds(values: Sequence[float], errors: Sequence[float | None]) -> tupl
 
 def _score_column(rows: Sequence[RowResult], score: _Score) -> Column:
     factor, digits, name, _ = score.unit
-    made = Column(_titled(score.title, name), [], [], [], {"seeds": []})
+    made = Column(_titled(score.title, name), [], [], [], {"seeds": []}, parts=score.parts)
     for row in rows:
         found = seed_means(row, score.parts)
         made.more["seeds"].append(len(found))
@@ -234,6 +236,7 @@ def _difference_column(score: _Score, found: Sequence[Difference | None], *, bas
         },
         block=block,
         name=f"{score.title}: difference to {baseline}",
+        parts=score.parts,
     )
 
 
@@ -309,7 +312,8 @@ class Table:
             return [self.row_title], [[label] for label in self.labels]
         return [self.group_title, self.row_title], [list(pair) for pair in zip(self.groups, self.labels, strict=True)]
 
-    def _blocks(self) -> dict[str, list[Column]]:
+    def blocks(self) -> dict[str, list[Column]]:
+        """The columns of each block, in order."""
         blocks: dict[str, list[Column]] = {}
         for column in self.columns:
             blocks.setdefault(column.block, []).append(column)
@@ -318,7 +322,7 @@ class Table:
     def markdown(self) -> str:
         titles, names = self._names()
         lines = [f"# {self.title} ({self.name}, scale {self.scale})", ""]
-        for block, columns in self._blocks().items():
+        for block, columns in self.blocks().items():
             lines += [f"## {block}", ""] if block else []
             lines.append(_pipe([*titles, *[c.title for c in columns]]))
             lines.append(_pipe(["---"] * len(titles) + ["---:"] * len(columns)))
@@ -347,7 +351,7 @@ class Table:
 
         titles, names = self._names()
         lines = ["% needs \\usepackage{booktabs}", "\\begin{table}\\centering", f"\\caption{{{clean(self.title)}}}"]
-        for block, columns in self._blocks().items():
+        for block, columns in self.blocks().items():
             lines += [f"\\par\\medskip {clean(block)}\\\\[2pt]"] if block else []
             lines.append("\\begin{tabular}{" + "l" * len(titles) + "r" * len(columns) + "}\\toprule")
             lines.append(line([*titles, *[c.title for c in columns]]) + " \\midrule")

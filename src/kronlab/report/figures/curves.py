@@ -129,7 +129,7 @@ def draw_lines(axes: Axes, source: Source, points: Sequence[Point]) -> dict[str,
             markersize=4.5,
             elinewidth=1,
         )
-        name = means[0].label if len(means) == 1 else _family(means[0].label)
+        name = means[0].label if len(means) == 1 else family(means[0].label)
         handles[f"{name}, {group}" if group else name] = bars
     ticks = sorted({point.position for point in points})
     axes.set_xscale("log", base=2)
@@ -139,7 +139,7 @@ def draw_lines(axes: Axes, source: Source, points: Sequence[Point]) -> dict[str,
     return handles
 
 
-def _family(label: str) -> str:
+def family(label: str) -> str:
     """A row's label without its sizes: CDKA (2,8,4) -> CDKA, LoRA r=8 -> LoRA."""
     return re.split(r" \(| r=", label, maxsplit=1)[0]
 

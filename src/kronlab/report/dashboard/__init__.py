@@ -1,0 +1,10 @@
+"""The dashboard: every table, figure, claim and record on one page that needs nothing but a browser.
+
+`content` turns tables and records into plain data, `charts` points into Vega-Lite specifications, `page` both into HTML.
+Reads records only; what is loaded, and from where, is `kronlab.dashboard`'s.
+"""
+
+from kronlab.report.dashboard.content import Section, page_data
+from kronlab.report.dashboard.page import html
+
+__all__ = ["Section", "html", "page_data"]
