@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kronlab import methods, models, moved_base, runs
+from kronlab import methods, models, moved_base, runs, wandb_logger
 from kronlab.adapters import QuantisedAdapter, load_quantised, quantize_adapter
 from kronlab.adapters.init import gradient_init_, layer_gradients
 from kronlab.cell import RECORD_SCHEMA, Cell
@@ -36,7 +36,7 @@ from kronlab.evaluate import evaluate, score
 from kronlab.generate import ready_to_grade
 from kronlab.multiple_choice import MultipleChoiceHead, encode_question
 from kronlab.runs import Store
-from kronlab.train import Diverged, TrainReport, newest_checkpoint, train
+from kronlab.train import Diverged, OnStep, TrainReport, newest_checkpoint, train
 
 log = logging.getLogger(__name__)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -69,16 +69,20 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     _prepare_process(config["runtime"])  # before the record notes the number of threads
     log.info("%s: running as %s", cell.name, cell.id)
     record = _frame(cell)
+    mirror, losses = wandb_logger.start(config, record), store.checkpoints(cell.train_id) / "loss.jsonl"
     try:
-        record |= _train_and_grade(cell, store)
+        record |= _train_and_grade(cell, store, on_step=mirror.step)
     except Diverged as diverged:
         log.warning("%s: %s", cell.name, diverged)
         record |= {"status": runs.DIVERGED, "error": str(diverged)}
     except Exception as error:
         reason = str(error) if isinstance(error, KronlabError) else "".join(traceback.format_exception(error))
-        store.write(record | {"status": runs.FAILED, "error": reason})
+        record |= {"status": runs.FAILED, "error": reason}
+        store.write(record)
+        mirror.finish(record, losses)
         raise
     path = store.write(record)
+    mirror.finish(record, losses)
     log.info("%s: %s -> %s", cell.name, summary(record), path)
     return record
 
@@ -111,7 +115,7 @@ def typed_command() -> str:
     return " ".join(["python", f"{script.parent.name}/{script.name}", *typed])
 
 
-def _train_and_grade(cell: Cell, store: Store) -> dict[str, Any]:
+def _train_and_grade(cell: Cell, store: Store, *, on_step: OnStep) -> dict[str, Any]:
     config = cell.config
     _check_architecture(config)
     precision = DTYPES[config["trainer"]["precision"]]
@@ -125,7 +129,7 @@ def _train_and_grade(cell: Cell, store: Store) -> dict[str, Any]:
         "train": None,
     }
     if methods.trains(config["method"]):
-        fields["train"] = _train(cell, store, network, tokenizer)
+        fields["train"] = _train(cell, store, network, tokenizer, on_step=on_step)
         _keep_losses(cell, store)
     if config["adapter_storage"]:
         fields["storage"] = _through_storage(network, config["adapter_storage"], store.checkpoints(cell.train_id))
@@ -275,7 +279,9 @@ def _train_stages_before(cell: Cell, store: Store) -> None:
         raise Diverged(diverged.step, f"{before.config['task']['name']} training") from diverged
 
 
-def _train(cell: Cell, store: Store, network: nn.Module, tokenizer: Any) -> dict[str, Any]:
+def _train(
+    cell: Cell, store: Store, network: nn.Module, tokenizer: Any, *, on_step: OnStep | None = None
+) -> dict[str, Any]:
     """Train, or load the weights that an earlier run of the same `train_id` has left; return the record's section."""
     config, method = cell.config, cell.config["method"]
     folder = store.checkpoints(cell.train_id)
@@ -302,9 +308,8 @@ def _train(cell: Cell, store: Store, network: nn.Module, tokenizer: Any) -> dict
                 network, rows, config["trainer"], directory=folder, seed=config["seed"], pad_id=tokenizer.pad_token_id,
                 objective=objective, runtime=config["runtime"] | {"device": _device(config["runtime"])},
                 hooks=methods.hooks(network, method),
-                report_to=_start_logger(cell), run_name=f"{cell.name} [{cell.id}]",
+                on_step=on_step, run_name=f"{cell.name} [{cell.id}]",
             )  # fmt: skip
-        _stop_logger(cell)
         section = _train_section(report, memory.bytes, fingerprint(examples), len(examples))
         if cell.before is not None:
             section["stages_before"] = _stages_before(cell.before, store)
@@ -451,29 +456,6 @@ def _load_weights(network: nn.Module, final: Path, *, moved: bool = False) -> di
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{final} cannot be loaded ({reason}); delete it and run the cell again") from error
     return start
-
-
-def _start_logger(cell: Cell) -> Sequence[str]:
-    logger = cell.config["logger"]
-    if logger["name"] != "wandb":
-        return ()
-    os.environ["WANDB_MODE"] = logger["mode"]
-    os.environ["WANDB_PROJECT"] = logger["project"]
-    os.environ.setdefault("WANDB_DIR", str(Path(cell.config["results"]["dir"]).resolve()))
-    os.environ.setdefault("WANDB_SILENT", "true")
-    if logger["entity"]:
-        os.environ["WANDB_ENTITY"] = logger["entity"]
-    return ("wandb",)
-
-
-def _stop_logger(cell: Cell) -> None:
-    """End the run that the trainer has opened: the next cell of a sweep gets its own."""
-    if cell.config["logger"]["name"] == "wandb":
-        import wandb
-
-        if wandb.run is not None:
-            wandb.run.config.update({"cell": cell.id, **cell.science}, allow_val_change=True)
-            wandb.finish()
 
 
 def _device(runtime: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from kronlab.errors import ConfigError, KronlabError
 from kronlab.estimate import describe
 from kronlab.experiment import run_cell
 from kronlab.layout import Find, Part, PlannedRow, Unavailable, Unrecorded, layout_of, plan
+from kronlab.progress import cells
 from kronlab.report import sequential
 from kronlab.report.tables import RowResult, Table, build
 from kronlab.runs import Store
@@ -178,15 +179,19 @@ def _from_cells(spec: Mapping[str, Any], scale: str, request: Request) -> Table 
 def _run(parts: Sequence[Part], *, after: int = 0, total: int) -> list[str]:
     """Run cells one after another; return what failed, a line each."""
     failed = []
-    for number, part in enumerate(parts, start=after + 1):
-        trial = "" if part.value is None else f", trial of {part.value:g}"
-        log.info("[%d/%d]%s", number, total, trial)
-        try:
-            run_cell(part.cell)
-        except Exception as error:  # whatever it is, run_cell has kept it in the record, and the other cells can go on
-            reason = " ".join(str(error).split()) or type(error).__name__
-            failed.append(f"{part.cell.name}{trial}: {reason}")
-            log.error("failed, going on with the next: %s", reason)
+    show = bool(parts) and parts[0].cell.config["runtime"]["progress"]
+    with cells(total, done=after, show=show) as shown:
+        for number, part in enumerate(parts, start=after + 1):
+            trial = "" if part.value is None else f", trial of {part.value:g}"
+            log.info("[%d/%d]%s", number, total, trial)
+            shown.update(0, note=part.cell.name)
+            try:
+                run_cell(part.cell)
+            except Exception as error:  # run_cell has kept it in the record, and the other cells can go on
+                reason = " ".join(str(error).split()) or type(error).__name__
+                failed.append(f"{part.cell.name}{trial}: {reason}")
+                log.error("failed, going on with the next: %s", reason)
+            shown.update()
     return failed
 
 
