@@ -71,8 +71,9 @@ def _records(store: Store, scale: str, table: str | None) -> Iterator[Record]:
     if table is None:
         yield from store.records(scale)
         return
-    spec = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / "table" / f"{table}.yaml"), resolve=True)
-    assert isinstance(spec, dict)
+    loaded = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / "table" / f"{table}.yaml"), resolve=True)
+    assert isinstance(loaded, dict)
+    spec = {str(key): value for key, value in loaded.items()}
     if scale in spec["scales"]:
         for row in load_rows(spec, scale, store.results):
             yield from (record for record in row.records if record is not None)

@@ -190,7 +190,7 @@ def open_run(shown: View, target: Target, *, resume: bool, live: bool) -> Any:
         tags=shown.tags,
         config=shown.config,
         dir=str(target.folder.parent),
-        mode=target.mode,
+        mode="online" if online else "offline",
         resume="allow" if online and resume else None,
         settings=settings,
     )
@@ -255,7 +255,8 @@ def push(
     ledger = target.folder / _LEDGER
     known: dict[str, dict[str, str]] = json.loads(ledger.read_text()) if ledger.is_file() else {}
     there = known.setdefault(target.name, {})
-    pushed, unchanged = [], []
+    pushed: list[str] = []
+    unchanged: list[str] = []
     with bar(total=len(records), done=0, what="W&B", unit="run", show=progress) as shown:
         for record in records:
             told = view(record, group=group)
