@@ -33,7 +33,7 @@ TABLE_ARGS = $(if $(SCALE),table_scale=$(SCALE)) $(if $(RESULTS_DIR),results.dir
 TABLES        := $(patsubst configs/table/table%.yaml,%,$(wildcard configs/table/table*.yaml))
 TABLE_TARGETS := $(addprefix reproduce-table,$(TABLES))
 
-.PHONY: help setup lint format test plan smoke claims dashboard $(TABLE_TARGETS)
+.PHONY: help setup lint format test plan smoke claims dashboard wandb-push $(TABLE_TARGETS)
 
 help: ## list every target
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -97,6 +97,9 @@ claims: $(STAMP) ## what the records say of the papers' claims, into results/cla
 
 dashboard: $(STAMP) ## every table, figure, claim and record on one page, into results/dashboard.html; runs nothing
 	@$(PY) scripts/dashboard.py $(if $(RESULTS_DIR),results.dir='$(RESULTS_DIR)') $(ARGS)
+
+wandb-push: $(STAMP) ## the records as W&B runs (ARGS="mode=online only.table=table2 dashboard=true"; offline by default)
+	@$(PY) scripts/wandb_push.py $(if $(RESULTS_DIR),results.dir='$(RESULTS_DIR)') $(ARGS)
 
 # One target for each configs/table/tableN.yaml; help takes its line from the file's first comment.
 $(TABLE_TARGETS): reproduce-table%: $(STAMP)

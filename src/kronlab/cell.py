@@ -303,6 +303,8 @@ def validate(config: Mapping[str, Any]) -> None:
     faults += _storage_faults(config["adapter_storage"], method)
     device = config["runtime"]["device"]
     check(device in ("auto", "cpu", "cuda"), "runtime.device", device, "auto, cpu or cuda")
+    mode = config["logger"].get("mode", "offline")
+    check(mode in ("offline", "online"), "logger.mode", mode, "offline or online")
     reuse = config["results"]["reuse"]
     check(reuse in ("local", "any"), "results.reuse", reuse, "local or any")
     known = _trainer_settings()

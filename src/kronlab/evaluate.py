@@ -78,9 +78,8 @@ def _collect(
                 rows.append(row)
                 handle.write(json.dumps(row) + "\n")
             handle.flush()
-            shown.update(len(rows) - shown.n)
-            if not harness.grades_late:
-                shown.set_postfix_str(f"{100 * sum(map(_right, rows)) / len(rows):.1f} % right")
+            right = None if harness.grades_late else f"{100 * sum(map(_right, rows)) / len(rows):.1f} % right"
+            shown.update(len(rows) - shown.n, note=right)
     return rows
 
 
@@ -105,8 +104,7 @@ def _grade_late(harness: Harness, rows: list[Row], settings: Settings, *, path: 
             line = {"id": key[0], "row_sha": key[1], "stamp": stamp, "verdict": verdict}
             handle.write(json.dumps(line) + "\n")
             handle.flush()
-            shown.update(1)
-            shown.set_postfix_str(f"{100 * sum(map(_right, found.values())) / len(found):.1f} % right")
+            shown.update(1, note=f"{100 * sum(map(_right, found.values())) / len(found):.1f} % right")
     graded = [row | found[row["id"], _row_sha(row)] for row in rows]
     write_jsonl(path, graded)
     kept.unlink()

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kronlab import interrupt, lease, methods, models, moved_base, runs
+from kronlab import interrupt, lease, methods, models, moved_base, runs, wandb_logger
 from kronlab.adapters import QuantisedAdapter, load_quantised, quantize_adapter
 from kronlab.adapters.init import gradient_init_, layer_gradients
 from kronlab.cell import RECORD_SCHEMA, Cell
@@ -38,7 +38,7 @@ from kronlab.evaluate import evaluate, score
 from kronlab.generate import ready_to_grade
 from kronlab.multiple_choice import MultipleChoiceHead, encode_question
 from kronlab.runs import Store
-from kronlab.train import Diverged, TrainReport, newest_checkpoint, train
+from kronlab.train import Diverged, OnStep, TrainReport, newest_checkpoint, train
 
 log = logging.getLogger(__name__)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -111,7 +111,8 @@ def _run(cell: Cell, store: Store, held: lease.Lease, *, wait: bool) -> dict[str
     """Run a cell whose lease is `held`; its record."""
     config = cell.config
     interrupt.at("start")
-    record = None
+    record, mirror = None, wandb_logger.LiveRun(None)
+    losses = store.checkpoints(cell.train_id) / "loss.jsonl"
     try:
         if config["force"]:
             with _training(cell, store, wait=wait):
@@ -121,13 +122,15 @@ def _run(cell: Cell, store: Store, held: lease.Lease, *, wait: bool) -> dict[str
         _prepare_process(config["runtime"])  # before the record notes the number of threads
         log.info("%s: running as %s", cell.name, cell.id)
         record = _frame(cell)
+        mirror = wandb_logger.start(config, record)
         try:
-            record |= _train_and_grade(cell, store, wait=wait)
+            record |= _train_and_grade(cell, store, wait=wait, on_step=mirror.step)
         except Diverged as diverged:
             log.warning("%s: %s", cell.name, diverged)
             record |= {"status": runs.DIVERGED, "error": str(diverged)}
         held.check()
         path = store.write(record)
+        mirror.finish(record, losses)
     except Busy:
         raise
     except Exception as error:
@@ -135,9 +138,12 @@ def _run(cell: Cell, store: Store, held: lease.Lease, *, wait: bool) -> dict[str
         if refused is not None:  # no fault of the cell's, and a record of it might not find room either
             raise refused from error
         if record is not None:
-            store.write(record | _failure(error))
+            record |= _failure(error)
+            store.write(record)
+            mirror.finish(record, losses)
         raise
     finally:
+        mirror.leave()
         gc.collect()  # the trainer's network hangs in a ring; the next cell's would stand beside it
     log.info("%s: %s -> %s", cell.name, summary(record), path)
     return record
@@ -182,7 +188,7 @@ def typed_command() -> str:
     return " ".join(["python", f"{script.parent.name}/{script.name}", *typed])
 
 
-def _train_and_grade(cell: Cell, store: Store, *, wait: bool) -> dict[str, Any]:
+def _train_and_grade(cell: Cell, store: Store, *, wait: bool, on_step: OnStep) -> dict[str, Any]:
     config = cell.config
     _check_architecture(config)
     precision = DTYPES[config["trainer"]["precision"]]
@@ -200,7 +206,7 @@ def _train_and_grade(cell: Cell, store: Store, *, wait: bool) -> dict[str, Any]:
             "train": None,
         }
         if methods.trains(config["method"]):
-            fields["train"] = _train(cell, store, network, tokenizer)
+            fields["train"] = _train(cell, store, network, tokenizer, on_step=on_step)
             _keep_losses(cell, store, fields["train"]["steps"])
         if config["adapter_storage"]:
             fields["storage"] = _through_storage(network, config["adapter_storage"], store.checkpoints(cell.train_id))
@@ -355,7 +361,9 @@ def _train_stages_before(cell: Cell, store: Store, *, wait: bool) -> None:
             raise Diverged(diverged.step, f"{before.config['task']['name']} training") from diverged
 
 
-def _train(cell: Cell, store: Store, network: nn.Module, tokenizer: Any) -> dict[str, Any]:
+def _train(
+    cell: Cell, store: Store, network: nn.Module, tokenizer: Any, *, on_step: OnStep | None = None
+) -> dict[str, Any]:
     """Train, or load the weights that an earlier run of the same `train_id` has left; return the record's section."""
     config, method = cell.config, cell.config["method"]
     folder = store.checkpoints(cell.train_id)
@@ -382,9 +390,8 @@ def _train(cell: Cell, store: Store, network: nn.Module, tokenizer: Any) -> dict
                 network, rows, config["trainer"], directory=folder, seed=config["seed"], pad_id=tokenizer.pad_token_id,
                 objective=objective, runtime=config["runtime"] | {"device": _device(config["runtime"])},
                 hooks=methods.hooks(network, method),
-                report_to=_start_logger(cell), run_name=f"{cell.name} [{cell.id}]",
+                on_step=on_step, run_name=f"{cell.name} [{cell.id}]",
             )  # fmt: skip
-        _stop_logger(cell)
         section = _train_section(report, memory.bytes, fingerprint(examples), len(examples))
         if cell.before is not None:
             section["stages_before"] = _stages_before(cell.before, store)
@@ -540,29 +547,6 @@ def _load_weights(network: nn.Module, final: Path, *, moved: bool = False) -> di
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{final} cannot be loaded ({reason}); delete it and run the cell again") from error
     return start
-
-
-def _start_logger(cell: Cell) -> Sequence[str]:
-    logger = cell.config["logger"]
-    if logger["name"] != "wandb":
-        return ()
-    os.environ["WANDB_MODE"] = logger["mode"]
-    os.environ["WANDB_PROJECT"] = logger["project"]
-    os.environ.setdefault("WANDB_DIR", str(Path(cell.config["results"]["dir"]).resolve()))
-    os.environ.setdefault("WANDB_SILENT", "true")
-    if logger["entity"]:
-        os.environ["WANDB_ENTITY"] = logger["entity"]
-    return ("wandb",)
-
-
-def _stop_logger(cell: Cell) -> None:
-    """End the run that the trainer has opened: the next cell of a sweep gets its own."""
-    if cell.config["logger"]["name"] == "wandb":
-        import wandb
-
-        if wandb.run is not None:
-            wandb.run.config.update({"cell": cell.id, **cell.science}, allow_val_change=True)
-            wandb.finish()
 
 
 def _device(runtime: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from kronlab.errors import Busy, ConfigError, KronlabError
 from kronlab.estimate import describe
 from kronlab.experiment import run_cell
 from kronlab.layout import Find, Part, PlannedRow, Unavailable, Unrecorded, layout_of, plan
+from kronlab.progress import cells
 from kronlab.report import sequential
 from kronlab.report.tables import RowResult, Table, build
 from kronlab.runs import Store
@@ -201,20 +202,24 @@ def _from_cells(spec: Mapping[str, Any], scale: str, request: Request) -> Table 
 def _run(parts: Sequence[Part], *, after: int = 0, total: int) -> list[str]:
     """Run cells one after another, those that run elsewhere last; return what failed, a line each."""
     failed = []
+    show = bool(parts) and parts[0].cell.config["runtime"]["progress"]
+    with cells(total, done=after, show=show) as shown:
 
-    def attempt(numbered: tuple[int, Part], wait: bool | None) -> None:
-        number, part = numbered
-        trial = "" if part.value is None else f", trial of {part.value:g}"
-        log.info("[%d/%d]%s", number, total, trial)
-        try:
-            run_cell(part.cell, wait=wait)
-        except Exception as error:  # whatever it is, run_cell has kept it in the record, and the other cells can go on
-            if isinstance(error, Busy) and wait is False:
-                raise
-            failed.append(f"{part.cell.name}{trial}: {one_line(error)}")
-            log.error("failed, going on with the next: %s", one_line(error))
+        def attempt(numbered: tuple[int, Part], wait: bool | None) -> None:
+            number, part = numbered
+            trial = "" if part.value is None else f", trial of {part.value:g}"
+            log.info("[%d/%d]%s", number, total, trial)
+            shown.update(0, note=part.cell.name)
+            try:
+                run_cell(part.cell, wait=wait)
+            except Exception as error:  # run_cell has kept it in the record, and the other cells can go on
+                if isinstance(error, Busy) and wait is False:
+                    raise
+                failed.append(f"{part.cell.name}{trial}: {one_line(error)}")
+                log.error("failed, going on with the next: %s", one_line(error))
+            shown.update()
 
-    in_turn(list(enumerate(parts, start=after + 1)), attempt)
+        in_turn(list(enumerate(parts, start=after + 1)), attempt)
     return failed
 
 

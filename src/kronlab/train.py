@@ -1,6 +1,6 @@
 """The one shared trainer. Read it top to bottom: plan the steps, order the batches, train, save, resume.
 
-`transformers.Trainer` gives the loop, mixed precision, DDP/FSDP and W&B; ours are the loss (supervised positions only,
+`transformers.Trainer` gives the loop, mixed precision, DDP and FSDP; ours are the loss (supervised positions only,
 weighted by tokens), the batch order (a function of seed and epoch alone) and checkpoints that a kill cannot break.
 """
 
@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -31,7 +30,7 @@ from kronlab import interrupt
 from kronlab.encode import IGNORED, Encoded, Objective, collate
 from kronlab.errors import CheckpointError, ConfigError, KronlabError
 from kronlab.hooks import Hooks
-from kronlab.progress import bar
+from kronlab.progress import Bar, bar
 from kronlab.runs import read_jsonl, write_jsonl
 
 log = logging.getLogger(__name__)
@@ -39,6 +38,8 @@ log = logging.getLogger(__name__)
 COMPILE_BACKEND = "inductor"
 METHOD_STATE = "method.pt"  # of a method that has a state of its own
 COMPLETE = "COMPLETE"  # written last into a checkpoint: without it, the checkpoint is a fragment
+
+OnStep = Callable[[Mapping[str, Any]], None]  # is told the line of every step
 
 
 class Diverged(Exception):
@@ -184,17 +185,25 @@ class MethodSteps(TrainerCallback):
 
 
 class Journal(TrainerCallback):
-    """Writes `loss.jsonl`, one line a step, and shows the bar. Stops the run when the loss is no longer finite."""
+    """Writes `loss.jsonl`, one line a step, and shows the bar. Stops the run when the loss is no longer finite.
 
-    def __init__(self, path: Path, trainer: KronTrainer, rows: Sequence[Encoded], *, progress: bool) -> None:
+    `on_step` is told every line of the file in order: those that an earlier sitting has left, then each as it is made.
+    """
+
+    def __init__(
+        self, path: Path, trainer: KronTrainer, rows: Sequence[Encoded], *, progress: bool, on_step: OnStep | None
+    ) -> None:
         self.path, self.trainer, self.rows, self.progress = path, trainer, rows, progress
-        self.bar: tqdm[Any] | None = None
+        self.on_step = on_step
+        self.bar: Bar | None = None
         self.started = 0.0  # 0: no step yet
         self._tokens: list[tuple[int, int, int]] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         kept = [line for line in read_jsonl(self.path) if line["step"] <= state.global_step]
         write_jsonl(self.path, kept)  # steps after the checkpoint are done again
+        for line in kept:
+            self._tell(line)
         if self.progress and state.is_world_process_zero:
             self.bar = bar(total=state.max_steps, done=state.global_step, what="train", unit="step")
 
@@ -217,15 +226,19 @@ class Journal(TrainerCallback):
         if state.is_world_process_zero:
             with self.path.open("a") as handle:
                 handle.write(json.dumps(line) + "\n")
+        self._tell(line)
         if self.bar is not None:
-            self.bar.update(1)
-            self.bar.set_postfix_str(f"loss {line['loss']:.4f}, {tokens / seconds:.0f} tokens/s")
+            self.bar.update(1, note=f"loss {line['loss']:.4f}, {tokens / seconds:.0f} tokens/s")
         if not math.isfinite(line["loss"]):
             raise Diverged(state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.bar is not None:
             self.bar.close()
+
+    def _tell(self, line: Mapping[str, Any]) -> None:
+        if self.on_step is not None and self.trainer.is_world_process_zero():
+            self.on_step(line)
 
     def _batch(self, step: int) -> tuple[int, int, int]:
         """(examples, tokens, supervised tokens) of an optimizer step, from the batch order."""
@@ -295,7 +308,7 @@ def train(
     objective: Objective,
     runtime: Mapping[str, Any],
     hooks: Hooks | None = None,
-    report_to: Sequence[str] = (),
+    on_step: OnStep | None = None,
     run_name: str | None = None,
 ) -> TrainReport:
     """Fine-tune the trainable parameters of `network` on `rows`; go on from the newest whole checkpoint in `directory`.
@@ -307,7 +320,7 @@ def train(
         objective: the loss of a batch; language models: `kronlab.encode.SupervisedHead(network, causal=...)`.
         directory: receives `loss.jsonl`, `checkpoint-<step>/` and, where the runtime asks for it, `trail/`.
         hooks: what the method adds (`kronlab.methods.hooks`); None: nothing.
-        report_to: integrations of transformers, e.g. ["wandb"].
+        on_step: is told the line of every step, as `loss.jsonl` has it, also of those that an earlier sitting did.
 
     Raises:
         ConfigError: a recipe that cannot be run.
@@ -320,7 +333,7 @@ def train(
     if all(label == IGNORED for row in rows for label in row.labels):
         raise ConfigError("every completion is cut off, the prompts alone are too long; raise task.max_length")
     directory.mkdir(parents=True, exist_ok=True)
-    arguments = training_arguments(recipe, directory, seed, runtime, report_to, run_name)
+    arguments = training_arguments(recipe, directory, seed, runtime, run_name)
     sampler = EpochSampler(
         [len(row) for row in rows],
         batch_size=recipe["batch_size"],
@@ -341,7 +354,7 @@ def train(
     )
     for silent in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(silent)
-    journal = Journal(directory / "loss.jsonl", trainer, rows, progress=bool(runtime["progress"]))
+    journal = Journal(directory / "loss.jsonl", trainer, rows, progress=bool(runtime["progress"]), on_step=on_step)
     trainer.add_callback(journal)
     trainer.add_callback(MethodSteps(hooks))
     trainer.add_callback(Halt())
@@ -379,7 +392,6 @@ def training_arguments(
     directory: Path,
     seed: int,
     runtime: Mapping[str, Any],
-    report_to: Sequence[str] = (),
     run_name: str | None = None,
 ) -> TrainingArguments:
     """A recipe in the words of transformers.
@@ -427,7 +439,7 @@ def training_arguments(
         logging_steps=1,
         logging_nan_inf_filter=False,
         disable_tqdm=True,
-        report_to=list(report_to) or "none",
+        report_to="none",
         remove_unused_columns=False,
         dataloader_num_workers=0,
         dataloader_pin_memory=runtime["device"] != "cpu",

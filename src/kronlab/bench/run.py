@@ -223,7 +223,7 @@ class Bench:
             for case, key in zip(self.cases, self.keys, strict=True):
                 if key in self._there:
                     continue
-                shown.set_postfix_str(case.about)
+                shown.update(0, note=case.about)
                 line = {
                     "key": key,
                     "part": case.part,
