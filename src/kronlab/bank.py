@@ -441,8 +441,8 @@ class AdapterBank:
     def _detach(self, key: str, *, whole: bool) -> None:
         """Take what PEFT has put into the model out again; ``whole``: there is no other adapter."""
         if whole:
-            # Not by PEFT's unload: it leaves modules that an adapter trains in full in the place of the base's, and cannot
-            # be had where attaching has failed halfway.
+            # Not by PEFT's unload: it leaves modules that an adapter trains in full in the place of the base's, and is
+            # not there yet where attaching has failed halfway.
             for module in list(self.model.modules()):
                 for child_name, child in list(module.named_children()):
                     if isinstance(child, BaseTunerLayer):

@@ -24,7 +24,7 @@ from kronlab.data.common import did_you_mean
 from kronlab.errors import ConfigError
 from kronlab.evals.harness import positive
 from kronlab.evals.registry import HARNESSES, harness_of, kind_of
-from kronlab.methods import METHODS, label, trains, with_budget
+from kronlab.methods import METHODS, label, quantised_fault, trains, with_budget
 from kronlab.moved_base import moves_base
 from kronlab.sequence import RESOLVED, first_look, plain, with_stages
 
@@ -49,6 +49,7 @@ NEUTRAL: dict[str, Any] = {
     "method.budget": None,
     "method.init_batches": 8,
     "method.lr_ratio": None,
+    "model.quantization": None,
     "model.rope": None,
     "trainer.compile": False,
     "trainer.loss_rows": None,
@@ -86,10 +87,11 @@ class Cell:
     def name(self) -> str:
         """A short human name: method, model, tasks in order (of what is only graded: its evals), seed."""
         c = self.config
+        bits = f" in {c['model']['quantization']}" if c["model"].get("quantization") else ""
         where = " then ".join(t["name"] for t in _tasks(c)) if trains(c["method"]) else ", ".join(c["eval"])
         stored = c["adapter_storage"]
         form = f", stored as {stored['kind']}" if stored else ""
-        return f"{label(c['method'])}, {c['model']['name']} on {where}, seed {c['seed']}{form}"
+        return f"{label(c['method'])}, {c['model']['name']}{bits} on {where}, seed {c['seed']}{form}"
 
 
 def digest(value: Any) -> str:
@@ -291,6 +293,11 @@ def validate(config: Mapping[str, Any]) -> None:
     if method.get("lr_ratio") is not None:
         number("method", "lr_ratio", above=0)
         check(method["name"] == "lora", "method.lr_ratio", method["lr_ratio"], "null: only LoRA has factors A and B")
+    quantization = config["model"].get("quantization")
+    right = quantization is None or quantization in models.QUANTISATIONS
+    check(right, "model.quantization", quantization, f"null or one of {', '.join(models.QUANTISATIONS)}")
+    if right and quantization is not None and (fault := quantised_fault(method, quantization)) is not None:
+        faults.append(f"model.quantization={quantization!r}: {fault}; set it to null")
     for task in _tasks(config):
         name, n = task["name"], task["n"]
         check(name != "none" or not trains(method), "task", name, "a task with training data, or method=none")

@@ -264,6 +264,7 @@ def _network(cell: Cell, model: dict[str, Any]) -> tuple[nn.Module, Any]:
     config = cell.config
     precision = DTYPES[config["trainer"]["precision"]]
     network, tokenizer = models.load_again(model, dtype=precision, source=model["source"], head=_head(config))
+    models.quantise(network, model.get("quantization"), device=_device(config["runtime"]))
     transformers.set_seed(config["seed"])  # the adapters' initialisation; the batch order has its own generator
     return methods.attach(network, config["model"], config["method"]), tokenizer
 

@@ -22,6 +22,7 @@ from kronlab.adapters.design import KINDS, Design, design
 from kronlab.errors import ConfigError, KronlabError
 from kronlab.hooks import AdaLora, Hooks, LoraPlus, freeze_constants
 from kronlab.models import head_modules
+from kronlab.moved_base import moves_base
 
 log = logging.getLogger(__name__)
 
@@ -143,6 +144,21 @@ PEFT_METHODS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any], nn.Modul
     "lokr": _lokr,
 }
 METHODS = ("none", "adapter", "full", *PEFT_METHODS)
+
+
+def quantised_fault(method: Mapping[str, Any], quantization: str) -> str | None:
+    """Why a method cannot work on a base quantised so (a key of `models.QUANTISATIONS`); None where it can."""
+    if method["name"] == "full":
+        return "method full trains the base weights themselves"
+    if method["name"] == "lokr":
+        return "PEFT's LoKr takes no quantised layers"
+    if moves_base(method):
+        return f"{label(method)} starts inside the base weights"
+    if quantization == "8bit" and dict(method.get("options") or {}).get("use_dora"):
+        return "PEFT's DoRA cannot read the norms of 8-bit weights on a CPU; 4bit works"
+    if method.get("init") == "gradient":
+        return f"method {method['name']} with init=gradient needs the gradient of the base weights"
+    return None
 
 
 def trains(method: Mapping[str, Any]) -> bool:

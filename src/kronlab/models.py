@@ -31,11 +31,13 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from kronlab.adapters.quantized_base import quantise_
 from kronlab.errors import ConfigError, ModelError
 
 log = logging.getLogger(__name__)
 
 SOURCES = ("auto", "directory", "hub", "pypi", "random", "cell")
+QUANTISATIONS = {"8bit": 8, "4bit": 4}
 _AUTO_CLASS = {
     "causal_lm": "AutoModelForCausalLM",
     "seq2seq_lm": "AutoModelForSeq2SeqLM",
@@ -159,6 +161,9 @@ def resolve_source(model: Mapping[str, Any]) -> str:
 
 def fingerprint(model: Mapping[str, Any], source: str) -> str:
     """A short content mark of the weights for the record: what a second machine must have to repeat the run."""
+    if model.get("quantization"):
+        package = f"bitsandbytes=={importlib.metadata.version('bitsandbytes')}"
+        return f"{fingerprint({**model, 'quantization': None}, source)} in {model['quantization']} by {package}"
     if source == "random":
         return f"random:{model.get('init_seed', 0)}"
     if source == "pypi":
@@ -372,6 +377,35 @@ def load(
     return network, tokenizer
 
 
+def quantise(network: PreTrainedModel, quantization: str | None, *, device: str = "cpu") -> None:
+    """Put the base weights into 8 or 4 bits by bitsandbytes, in place (`adapters.quantized_base.quantise_`).
+
+    The output layer, classification heads, embeddings and norms stay as they are, and so does what transformers keeps
+    in float32 (T5's `wo`, whose input it casts to the weight's dtype).
+
+    Args:
+        quantization: a key of `QUANTISATIONS`, or None: do nothing.
+
+    Raises:
+        ModelError: bitsandbytes is not installed, or nothing can be quantised.
+        DimensionError: a layer that does not suit 4 bits.
+    """
+    if quantization is None:
+        return
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(f"model.quantization={quantization} needs bitsandbytes: pip install bitsandbytes")
+    output = network.get_output_embeddings()
+    fp32 = tuple(getattr(network, "_keep_in_fp32_modules", None) or ())
+    heads = tuple(head_modules(network)) if output is None else ()
+    keep = {
+        name
+        for name, module in network.named_modules()
+        if module is output or name.startswith(heads) or any(part in fp32 for part in name.split("."))
+    }
+    if quantise_(network, QUANTISATIONS[quantization], keep=keep, device=device) == 0:
+        raise ModelError(f"{type(network).__name__} has no linear layer that bitsandbytes could quantise")
+
+
 def _draw_head(network: PreTrainedModel, seed: int) -> None:
     """Initialise the head of a random model from a seed of its own: the encoder's seed belongs to the model."""
     torch.manual_seed(seed)
@@ -462,6 +496,9 @@ def _sha256(path: Path) -> str:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, total) parameters, each tensor once: tied weights are not counted twice."""
+    """(trainable, total) parameters, each tensor once: tied weights are not counted twice; 4-bit ones unpacked."""
     seen: dict[int, nn.Parameter] = {id(p): p for p in model.parameters()}
-    return sum(p.numel() for p in seen.values() if p.requires_grad), sum(p.numel() for p in seen.values())
+    sizes = {
+        key: torch.Size(getattr(getattr(p, "quant_state", None), "shape", p.shape)).numel() for key, p in seen.items()
+    }
+    return sum(sizes[key] for key, p in seen.items() if p.requires_grad), sum(sizes.values())

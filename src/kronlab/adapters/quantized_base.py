@@ -7,7 +7,7 @@ bitsandbytes is imported only once such a layer is met.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kronlab.errors import KronlabError
+from kronlab.errors import DimensionError, KronlabError
 
 _BNB_WEIGHTS = {"Int8Params": 8, "Params4bit": 4}
+_BLOCK = 64  # values of a 4-bit weight that share a scale
+_OUTLIER = 6.0  # of LLM.int8(): what an input must reach for its column to be multiplied in 16 bits
 # Words in the class or package names of quantised layers that are no nn.Linear: GPTQModel, AutoAWQ, HQQ, AQLM, ...
 _FOREIGN = ("quant", "gptq", "awq", "wqlinear", "hqq", "aqlm", "eetq", "spqr", "vptq", "marlin", "fp8", "bitlinear")
 
@@ -94,6 +96,58 @@ def check_4bit_merge(name: str, layer: nn.Module) -> None:
             "adapter unmerged, or merge it into the model loaded in 16 bits, or force it: with kronlab.adapters."
             "allow_4bit_merge()"
         )
+
+
+def quantise_(model: nn.Module, bits: int, *, keep: Collection[str] = (), device: torch.device | str = "cpu") -> int:
+    """Put bitsandbytes' layers in the place of a model's ``nn.Linear``: 8 bits LLM.int8(), 4 bits NF4.
+
+    8 bits (arXiv 2208.07339): one scale a row; columns of the input with a value of at least 6 are multiplied in 16 bits.
+    4 bits (QLoRA, arXiv 2305.14314): blocks of 64 values, their scales quantised once more; computed in the input's
+    dtype. Biases and everything that is no ``nn.Linear`` stay as they are.
+
+    Args:
+        model: changed in place and marked as PEFT wants it (``is_loaded_in_8bit`` or ``is_loaded_in_4bit``).
+        keep: names of linear layers that stay.
+        device: where the weights are quantised, and lie then. One layer is converted at a time.
+
+    Returns:
+        How many layers were replaced.
+
+    Raises:
+        DimensionError: 4 bits, and an input dimension that is no multiple of 64: on a CPU bitsandbytes (0.50) unpacks
+            such a weight with the scales of other blocks, without a word. Nothing has been changed then.
+    """
+    import bitsandbytes.nn
+
+    bnb: Any = bitsandbytes.nn
+    layers = [(n, layer) for n, layer in model.named_modules() if type(layer) is nn.Linear and n not in keep]
+    for name, layer in layers:
+        if bits == 4 and layer.in_features % _BLOCK:
+            raise DimensionError(
+                f"{name}: d_in={layer.in_features} is no multiple of {_BLOCK}, the block of 4-bit weights; use 8 bits"
+            )
+    for name, layer in layers:
+        sizes = (layer.in_features, layer.out_features)
+        new: Any
+        with torch.device("meta"):  # its own weight is not needed
+            if bits == 8:
+                new = bnb.Linear8bitLt(*sizes, bias=False, has_fp16_weights=False, threshold=_OUTLIER)
+            else:
+                new = bnb.Linear4bit(*sizes, bias=False, quant_type="nf4", compress_statistics=True)
+                # Else some CPUs would round the scales once more in the first forward in eval mode, and so what is
+                # graded would not be what was trained.
+                new.support_avx512bf16_for_cpu = False
+        weight = layer.weight.detach().cpu()
+        if bits == 8:
+            new.weight = bnb.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(device)
+        else:
+            how = {"quant_type": "nf4", "compress_statistics": True, "quant_storage": torch.uint8}
+            new.weight = bnb.Params4bit(weight, requires_grad=False, module=new, **how).to(device)
+        new.bias = layer.bias
+        new.train(layer.training)
+        model.set_submodule(name, new)
+    setattr(model, f"is_loaded_in_{bits}bit", True)
+    return len(layers)
 
 
 def dequantise(layer: Any) -> Tensor:
