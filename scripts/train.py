@@ -6,6 +6,8 @@ with `retry_failed=true`. Stopped by Ctrl-C, SIGTERM or SIGUSR2, the same comman
 
 from __future__ import annotations
 
+from typing import Any
+
 import hydra
 from omegaconf import DictConfig
 
@@ -15,8 +17,8 @@ from kronlab.sweep import finish, run_job
 
 
 @hydra.main(config_path=str(CONFIG_DIR), config_name="config", version_base="1.3")
-def main(config: DictConfig) -> None:
-    run_main(lambda: run_job(config))
+def main(config: DictConfig) -> dict[str, Any] | None:
+    return run_main(lambda: run_job(config))
 
 
 if __name__ == "__main__":

@@ -34,6 +34,10 @@ def start(main: Callable[[], None], *, finish: Callable[[], int] = lambda: 0) ->
     except (HydraException, OmegaConfBaseException) as error:
         print(f"error: {explain(error)}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KronlabError as error:  # of a launcher or a sweeper
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        raise SystemExit(2) from None
     except KeyboardInterrupt as stop:
         _leave(stop)
     except OSError as error:  # Hydra makes the folder of a sweep

@@ -158,6 +158,17 @@ def _note(number: int, cell: Cell | None, state: str, reason: str | None, *, nam
         print(f"error: {folder}: cannot be written ({error.strerror}); the summary lacks this job", file=sys.stderr)
 
 
+def lost(number: int, name: str, reason: str) -> None:
+    """Note that a job has ended without telling how: its process was killed, say.
+
+    Args:
+        name: its overrides.
+    """
+    print(f"error: {name}: {reason}", file=sys.stderr)
+    if not (Path(os.environ.get(VARIABLE, "")) / f"{number}.json").exists():
+        _note(number, None, runs.FAILED, reason, name=name)
+
+
 def finish() -> int:
     """In the leader, behind the last job: do what was put off, tell how the sweep has ended; the exit status.
 
