@@ -117,6 +117,26 @@ def test_a_sweep_goes_on_behind_a_cell_that_cannot_run_and_trains_each_cell_once
     assert [p.name for p in tmp_path.iterdir()] == ["r"], "nothing is left in the working directory"
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("train", ["scale=smoke"]), ("train", ["-m", "scale=smoke", "seed=0,1"]), ("tables", ["table_scale=smoke"])],
+    ids=["train", "sweep", "table"],
+)
+def test_a_results_directory_that_cannot_be_written_is_one_line(
+    name: str, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Below a file, where root cannot write either."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments, f"results.dir={tmp_path}/file/r"])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(ROOT / "scripts" / f"{name}.py"), run_name="__main__")
+    assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {tmp_path}/file")
+    assert line.endswith("cannot be written (Not a directory); make it writable, or choose another results.dir")
+
+
 def test_ctrl_c_says_how_to_go_on_and_leaves_no_record(tmp_path: Path) -> None:
     process = script(
         "train", "scale=smoke", "trainer.max_steps=100000", "runtime.progress=false", f"results.dir={tmp_path}",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from hydra.core.hydra_config import HydraConfig
@@ -12,7 +14,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 
-from kronlab import interrupt
+from kronlab import interrupt, runs
 from kronlab.cell import explain
 from kronlab.errors import KronlabError
 
@@ -40,10 +42,13 @@ def start(main: Callable[[], None], *, finish: Callable[[], int] = lambda: 0) ->
         raise SystemExit(2) from None
     except KeyboardInterrupt as stop:
         _leave(stop)
-    except OSError as error:  # Hydra makes the folder of a sweep
-        if error.filename is None or error.strerror is None:
+    except OSError as error:  # Hydra makes the folder of a sweep; a table is written where a disk may be full
+        refused = runs.refused_by_disk(error)
+        if refused is None and error.errno in (errno.EACCES, errno.EPERM, errno.ENOTDIR) and error.filename:
+            refused = runs.unwritable(error, Path(error.filename))
+        if refused is None:
             raise
-        print(f"error: {error.filename}: {error.strerror}; choose another results.dir", file=sys.stderr)
+        print(f"error: {refused}", file=sys.stderr)
         raise SystemExit(2) from None
     if _failed_jobs:
         print(f"error: {_failed_jobs} of the sweep's jobs failed, see above", file=sys.stderr)

@@ -34,7 +34,8 @@ from functools import cache
 from pathlib import Path
 
 from kronlab import interrupt
-from kronlab.errors import Busy, CheckpointError
+from kronlab.errors import Busy
+from kronlab.runs import unwritable
 
 log = logging.getLogger(__name__)
 
@@ -244,38 +245,32 @@ class Lease:
 
 
 @contextmanager
-def held(
-    folder: Path, what: str, *, wait: bool, stale_after: float = STALE_AFTER_S, of: str = "results.dir"
-) -> Iterator[Lease]:
+def held(folder: Path, what: str, *, wait: bool, stale_after: float = STALE_AFTER_S) -> Iterator[Lease]:
     """Hold the lease of `folder` within the block; while another process has it, wait, saying for whom.
 
     Args:
         what: is done under it, for people.
-        of: the setting that `folder` lies below, for the message.
 
     Raises:
         Busy: another process has it, and `wait` is False.
         CheckpointError: nothing can be written there.
     """
     lease = Lease(folder, what, stale_after=stale_after)
-    _take(lease, wait=wait, of=of)
+    _take(lease, wait=wait)
     try:
         yield lease
     finally:
         lease.release()
 
 
-def _take(lease: Lease, *, wait: bool, of: str) -> None:
+def _take(lease: Lease, *, wait: bool) -> None:
     told: tuple[int | None, str | None] | None = None
     reminded = 0.0
     while True:
         try:
             holder = lease.take()
         except OSError as error:
-            raise CheckpointError(
-                f"{error.filename or lease.folder}: cannot be written ({error.strerror}); "
-                f"make it writable, or choose another {of}"
-            ) from error
+            raise unwritable(error, lease.folder) from error
         if holder is None:
             return
         if not wait:

@@ -162,6 +162,8 @@ def _from_cells(spec: Mapping[str, Any], scale: str, request: Request) -> Table 
         needed = not request.dry_run
         return plan(spec, scale, overrides=overrides, weights_needed=needed, leave_out=leave_out, find=find)
 
+    if not (request.render_only or request.dry_run):
+        store.check_writable()
     failed: list[str] = []
     if request.render_only:
         rows, notes = recorded_rows(spec, scale, store, overrides)

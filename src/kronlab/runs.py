@@ -90,6 +90,19 @@ class Store:
         """The leases of what runs here (`kronlab.lease`)."""
         return self.results / "checkpoints" / "running"
 
+    def check_writable(self) -> None:
+        """Refuse a results directory that nothing can be written to, before anything is computed.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        try:
+            self.running().mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.running()) as file:
+                file.write(b"room?")
+        except OSError as error:
+            raise unwritable(error, self.running()) from error
+
     def set_aside(self, scale: str, cell_id: str) -> None:
         """Rename a record that cannot be read to `.corrupt`, and say so; a good one, and an absent one, stay.
 
@@ -227,6 +240,12 @@ def write_jsonl(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     except BaseException:
         scratch.unlink(missing_ok=True)
         raise
+
+
+def unwritable(error: OSError, path: Path) -> CheckpointError:
+    """The one line for a results directory that the system refuses to write to."""
+    reason = f"{error.filename or path}: cannot be written ({error.strerror})"
+    return CheckpointError(f"{reason}; make it writable, or choose another results.dir")
 
 
 _REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
