@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 @hydra.main(config_path=str(CONFIG_DIR), config_name="dashboard", version_base="1.3")
 def main(config: DictConfig) -> None:
     def work() -> None:
-        path = write_dashboard(config.results.dir, config.out)
+        path = write_dashboard(config.results.dir, config.out, tables=config.tables)
         log.info("wrote %s (%.1f MB)", path, path.stat().st_size / 1e6)
 
     run_main(work)

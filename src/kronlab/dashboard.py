@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,15 @@ log = logging.getLogger(__name__)
 Spec = Mapping[str, Any]
 
 
-def write_dashboard(results: str | Path, out: str | Path | None = None) -> Path:
+def write_dashboard(
+    results: str | Path, out: str | Path | None = None, *, tables: Collection[str] | None = None
+) -> Path:
     """Write the page and return its path; the same records give the same bytes.
 
     Args:
         results: the results directory; it may be empty, or absent.
         out: where the page goes; None: `dashboard.html` in the results directory.
+        tables: names of those that are wanted; None: all.
 
     Raises:
         KronlabError: a record cannot be read; a table's config is at fault; the plotting library is not installed.
@@ -48,18 +51,22 @@ def write_dashboard(results: str | Path, out: str | Path | None = None) -> Path:
     path = Path(out) if out is not None else results / "dashboard.html"
     if path.is_dir():
         raise ConfigError(f"out={path} is a directory; name a file, for example {path / 'dashboard.html'}")
-    text = html(collect(results), results=_link(results, path.parent))
+    text = html(collect(results, tables), results=_link(results, path.parent))
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f"{path.name}.tmp")
     scratch.write_text(text, encoding="utf-8")
     return scratch.replace(path)
 
 
-def collect(results: Path) -> dict[str, Any]:
-    """The data of the page."""
+def collect(results: Path, tables: Collection[str] | None = None) -> dict[str, Any]:
+    """The data of the page; `tables` as `write_dashboard` takes it.
+
+    Raises:
+        ConfigError: there is no table of a name.
+    """
     sections: list[Section] = []
     absent: list[dict[str, str]] = []
-    for spec in table_specs():
+    for spec in table_specs(tables):
         for scale in (scale for scale in SCALES if scale in spec["scales"]):
             found = list(_sections(spec, scale, results))
             sections += found
@@ -73,11 +80,17 @@ def collect(results: Path) -> dict[str, Any]:
     return page_data(sections, absent, records, _claims(results / "claims.json"))
 
 
-def table_specs() -> list[Spec]:
-    """The config of every table, in the order of their numbers."""
-    names = sorted(path.stem for path in (CONFIG_DIR / "table").glob("table*.yaml"))
+def table_specs(wanted: Collection[str] | None = None) -> list[Spec]:
+    """The config of every table, or of the `wanted` ones, in the order of their numbers.
+
+    Raises:
+        ConfigError: there is no table of a name.
+    """
+    names = sorted((path.stem for path in (CONFIG_DIR / "table").glob("table*.yaml")), key=lambda name: int(name[5:]))
+    if unknown := sorted(set(wanted or ()) - set(names)):
+        raise ConfigError(f"tables: there is no {unknown[0]}; use some of {', '.join(names)}")
     specs = []
-    for name in sorted(names, key=lambda name: int(name.removeprefix("table"))):
+    for name in names if wanted is None else [name for name in names if name in wanted]:
         spec = OmegaConf.to_container(compose_config([f"table={name}"], name="tables").table, resolve=True)
         assert isinstance(spec, dict)
         specs.append({str(key): value for key, value in spec.items()})

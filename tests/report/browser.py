@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import shutil
@@ -55,10 +56,8 @@ class Page:
 
     def close(self) -> None:
         self._session = ""
-        try:
+        with contextlib.suppress(EOFError):
             self.call("Browser.close")
-        except EOFError:
-            pass
         os.close(self._in)
         os.close(self._out)
         self._process.wait(30)

@@ -1,7 +1,7 @@
 """The dashboard: every table, figure, claim and record on one page that needs nothing but a browser.
 
-`content` turns tables and records into plain data, `charts` points into Vega-Lite specifications, `page` both into HTML.
-Reads records only; what is loaded, and from where, is `kronlab.dashboard`'s.
+`content` turns tables and records into plain data, `charts` and `measured` points into Vega-Lite specifications, `page`
+all of it into HTML. Reads records only; what is loaded, and from where, is `kronlab.dashboard`'s.
 """
 
 from kronlab.report.dashboard.content import Section, page_data

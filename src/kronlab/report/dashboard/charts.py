@@ -1,6 +1,6 @@
 """Charts of the page as Vega-Lite specifications: the points of the table's figures, and the same looks.
 
-A specification holds no colour of the page: `$ink`, `$grid` and `$surface` stand for those of its theme, and the hues of
+A specification holds no colour of the page: `$ink` and `$surface` stand for those of its theme, and the hues of
 `kronlab.report.figures.style` for their counterparts in it (`page.js` puts them in). Its data are the chart's points.
 """
 
@@ -118,10 +118,15 @@ def _datum(mark: Mark) -> dict[str, Any]:
     """The point without what is empty; numbers to as many digits as can be seen."""
     point = mark.point
     values = {
-        "key": point.key, "series": mark.series, "kind": mark.kind, "name": point.name, "panel": point.panel,
+        "key": point.key, "series": mark.series, "kind": mark.kind, "name": point.name,
+        "label": point.label if point.group else "", "panel": point.panel,
         "x": point.x, "value": point.value, "low": point.low, "high": point.high, "seeds": point.seeds,
         "how": point.how, "seed": point.seed, "record": point.record,
     }  # fmt: skip
+    if point.is_mean:
+        known = point.low is not None and point.high is not None
+        ends = f"{point.low:.4g} to {point.high:.4g}" if known else "none"
+        values["interval"] = f"{ends}, {point.how}" if known and point.how else ends
     rounded = {key: float(f"{v:.{_DIGITS}g}") if isinstance(v, float) else v for key, v in values.items()}
     return {key: value for key, value in rounded.items() if value is not None and value != ""}
 
@@ -138,13 +143,13 @@ def _dash(look: Look) -> list[float]:
 
 
 def _marks(points: Sequence[Point], series: Callable[[Point], str]) -> list[Mark]:
-    """Means and seeds; the seed of a mean of one alone is in the list of numbers and not drawn."""
+    """Means and seeds; a seed that is its mean, or lies on no axis, is listed and not drawn."""
     several = {(point.key, point.panel, point.x) for point in points if point.is_mean and point.seeds > 1}
 
     def kind(point: Point) -> str:
         if point.is_mean:
             return "mean" if point.x is not None else "across"
-        return "seed" if (point.key, point.panel, point.x) in several else "only"
+        return "seed" if point.x is not None and (point.key, point.panel, point.x) in several else "only"
 
     return [Mark(point, series(point), kind(point)) for point in points]
 
@@ -188,26 +193,33 @@ def only(*kinds: str) -> list[Spec]:
     return [{"filter": " || ".join(f"datum.kind === '{kind}'" for kind in kinds)}]
 
 
-def quantity(name: str, title: str, **more: Any) -> Spec:
+def quantity(name: str, title: str | list[str], **more: Any) -> Spec:
     return {"field": name, "type": "quantitative", "title": title, **more}
 
 
-def tooltip(x: str, y: str) -> list[Spec]:
-    said = [("name", ""), ("x", x), ("value", y), ("low", "from"), ("high", "to"), ("seeds", "seeds"),
-            ("seed", "seed"), ("how", "interval over"), ("record", "record")]  # fmt: skip
+def tooltip(y: str, x: str = "", *, of_seed: bool = False) -> list[Spec]:
+    """What is told of a point: its row, where it has one its x, its value, and what stands behind that."""
+    numbers = [quantity("x", x, format=",.6~g")] if x else []
+    numbers.append(quantity("value", y, format=",.6~g"))
+    behind = ("seed", "record") if of_seed else ("interval", "seeds")
     return [
-        {"field": name, "title": title or "row"}
-        | ({"format": ",.6~g"} if name in ("x", "value", "low", "high") else {})
-        for name, title in said
+        {"field": "name", "type": "nominal", "title": "row"},
+        *numbers,
+        *({"field": name, "type": "nominal", "title": name} for name in behind),
     ]
 
 
-def whisker(x: Spec, y: Spec, kinds: Sequence[str]) -> Spec:
+def whisker(x: Spec, y: Spec, kinds: Sequence[str], opacity: float = 1.0) -> Spec:
     """An upright interval."""
     return {
         "transform": [*only(*kinds), {"filter": "isValid(datum.low)"}],
         "mark": {"type": "rule", "strokeWidth": 1.4},
-        "encoding": {"x": x, "y": {**y, "field": "low"}, "y2": {"field": "high"}, "opacity": DIM},
+        "encoding": {
+            "x": x,
+            "y": {**y, "field": "low"},
+            "y2": {"field": "high"},
+            "opacity": {**DIM, "condition": {**DIM["condition"], "value": opacity}},
+        },
     }
 
 
@@ -247,12 +259,12 @@ def _curves(name: str, source: Source, entry: Mapping[str, Any], points: Sequenc
             {
                 "transform": only("across"),
                 "mark": {"type": "rule", "strokeDash": [5, 4], "strokeWidth": 1.4},
-                "encoding": {"y": y, "tooltip": tooltip(x_title, y_title)},
+                "encoding": {"y": y, "tooltip": tooltip(y_title)},
             },
             {
                 "transform": only("seed"),
                 "mark": {"type": "point", "filled": True, "size": 18, "opacity": 0.35, "xOffset": 7},
-                "encoding": {"x": x, "y": y, "tooltip": tooltip(x_title, y_title)},
+                "encoding": {"x": x, "y": y, "tooltip": tooltip(y_title, x_title, of_seed=True)},
             },
             whisker(x, y, ("mean",)),
             {
@@ -264,7 +276,7 @@ def _curves(name: str, source: Source, entry: Mapping[str, Any], points: Sequenc
                 "looks": ("color", "shape"),
                 "transform": only("mean"),
                 "mark": {"type": "point", "filled": True, "size": 60, "opacity": 1},
-                "encoding": {"x": x, "y": y, "opacity": DIM, "tooltip": tooltip(x_title, y_title)},
+                "encoding": {"x": x, "y": y, "opacity": DIM, "tooltip": tooltip(y_title, x_title)},
             },
         ]
         panels[title] = base(series, 250, layers, f"{y_title} against {x_title}")
@@ -313,14 +325,14 @@ def _pareto(name: str, source: Source, entry: Mapping[str, Any], points: Sequenc
         {
             "transform": only("across"),
             "mark": {"type": "rule", "strokeDash": [5, 4], "strokeWidth": 1.4},
-            "encoding": {"y": y, "tooltip": tooltip(x_title, y_title)},
+            "encoding": {"y": y, "tooltip": tooltip(y_title)},
         },
-        whisker(x, y, ("mean",)),
+        whisker(x, y, ("mean",), opacity=0.5),
         {
             "looks": ("color", "shape"),
             "transform": only("mean"),
             "mark": {"type": "point", "filled": True, "size": 90, "opacity": 1, "stroke": "$surface", "strokeWidth": 1},
-            "encoding": {"x": x, "y": y, "opacity": DIM, "tooltip": tooltip(x_title, y_title)},
+            "encoding": {"x": x, "y": y, "opacity": DIM, "tooltip": tooltip(y_title, x_title)},
         },
     ]
     caption = _caption(source, points, entry.get("rows"), "dotted: the best for so many parameters")
@@ -345,7 +357,7 @@ def _loss(name: str, source: Source, entry: Mapping[str, Any], points: Sequence[
             "looks": ("color", "strokeDash"),
             "transform": shown,
             "mark": {"type": "line", "strokeWidth": 1.7},
-            "encoding": {"x": x, "y": y, "opacity": DIM, "tooltip": tooltip(x_title, y_title)},
+            "encoding": {"x": x, "y": y, "opacity": DIM, "tooltip": tooltip(y_title, x_title)},
         },
     ]
     window = round(points[0].position)
@@ -365,18 +377,15 @@ def _counted(points: Sequence[Point]) -> str:
     return f"{low} to {high} seeds" if low < high else f"{low} seed{'s' if low > 1 else ''}"
 
 
-def lying(series: Sequence[Series], points: Sequence[Point], x_title: str, at: float, *, hollow: str) -> Spec:
+def lying(series: Sequence[Series], points: Sequence[Point], x_title: str, at: float | None, *, hollow: str) -> Spec:
     """Rows one below the other with lying intervals and a line at `at`; `hollow` says which markers are not filled."""
     names = list(dict.fromkeys(point.label for point in points))
     y = {"field": "label", "type": "nominal", "sort": names, "title": None,
          "axis": {"labelLimit": 150, "ticks": False, "domain": False, "grid": False}}  # fmt: skip
-    x = quantity("value", x_title, scale={"zero": False})
-    label = [{"calculate": "split(datum.name, ', ')[0]", "as": "label"}] if any(p.group for p in points) else [
-        {"calculate": "datum.name", "as": "label"}]  # fmt: skip
-    told = [line for line in tooltip("", x_title) if line["field"] != "x"]
+    x = quantity("value", x_title.split("; "), scale={"zero": False}, axis={"tickCount": 6})
+    label = [{"calculate": "datum.label || datum.name", "as": "label"}]
+    told = tooltip(x_title.partition("; ")[0])
     layers: list[Spec] = [
-        {"looks": (), "data": {"values": [{"at": at}]}, "mark": {"type": "rule", "color": "$ink", "strokeWidth": 1},
-         "encoding": {"x": {"field": "at", "type": "quantitative"}}},
         {"transform": [*label, {"filter": "isValid(datum.low)"}], "mark": {"type": "rule", "strokeWidth": 1.6},
          "encoding": {"y": y, "x": {**x, "field": "low"}, "x2": {"field": "high"}, "opacity": DIM}},
         {"transform": label,
@@ -387,11 +396,14 @@ def lying(series: Sequence[Series], points: Sequence[Point], x_title: str, at: f
                                "type": "nominal", "legend": None}}},
     ]  # fmt: skip
     spec = base(series, 0, layers, x_title)
-    scale = spec["layer"][1]["encoding"]["color"]["scale"]
-    last = spec["layer"][2]["encoding"]
+    scale = spec["layer"][0]["encoding"]["color"]["scale"]
+    last = spec["layer"][1]["encoding"]
     last.pop("color")
     last["stroke"]["scale"] = last["fill"]["scale"] = scale
-    spec["height"] = {"step": 24}
+    spec["height"] = 24 * len(names)
+    if at is not None:
+        line = {"mark": {"type": "rule", "color": "$ink", "strokeWidth": 1}, "data": {"values": [{"at": at}]}}
+        spec["layer"].insert(0, {**line, "encoding": {"x": {"field": "at", "type": "quantitative"}}})
     return spec
 
 
@@ -423,11 +435,9 @@ def _kept(name: str, source: Source, entry: Mapping[str, Any], points: Sequence[
     means = [point for point in points if point.is_mean]
     series, x_title = _of_rows(source, means), "metric of the first task (%)"
     panels = {
-        pair: lying(series, [p for p in means if p.panel == pair], x_title, 0.0, hollow="datum.x === 0")
+        pair: lying(series, [p for p in means if p.panel == pair], x_title, None, hollow="datum.x === 0")
         for pair in dict.fromkeys(point.panel for point in means)
     }
-    for spec in panels.values():
-        del spec["layer"][0]  # nothing is at zero
     caption = _caption(source, points, None, "hollow: after the first task alone, filled: after both")
     marks = [Mark(point, point.key, "mean") for point in means]
     return Chart(name, "kept", "What is kept of the first task", "", x_title, caption, marks, series, panels)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -45,7 +45,7 @@ _DASHES: Final[tuple[Any, ...]] = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (6, 1.5,
 
 
 def cost_chart(spec: Mapping[str, Any], record: Record) -> Chart | None:
-    """Time of a step over the baseline's, as table 9 has it, with its interval; a panel for each batch and precision."""
+    """Time of a step over the baseline's with its interval, as table 9 has it; a panel a batch and precision."""
     points = []
     for case in cases_of(record, "step"):
         for key, peer in case["peers"].items():
@@ -61,7 +61,7 @@ def cost_chart(spec: Mapping[str, Any], record: Record) -> Chart | None:
     baseline = next(
         (c["peers"][spec["baseline"]]["label"] for c in record["cases"] if spec["baseline"] in c["peers"]), ""
     )
-    title = f"time of a step / {baseline}; left is better"
+    title = f"time / {baseline}; left is better"
     panels = {
         panel: lying(
             shown, [p for p in points if p.panel == panel], title, 1.0, hollow="!(datum.low > 1 || datum.high < 1)"
@@ -114,7 +114,7 @@ def alignment_chart(record: Record) -> Chart:
             {**whisker(x, y, ("mean",)), "mark": {"type": "rule", "strokeWidth": 0.7, "clip": True}},
             {"looks": ("color", "shape"), "mark": {"type": "point", "filled": True, "size": 28},
              "transform": only("mean"),
-             "encoding": {"x": x, "y": y, "opacity": DIM, "tooltip": tooltip(x_title, y_title)}},
+             "encoding": {"x": x, "y": y, "opacity": DIM, "tooltip": tooltip(y_title, x_title)}},
         ]  # fmt: skip
         layers[1]["transform"] = [*layers[1]["transform"], {"filter": "datum.low > 0"}]
         panels[title] = base(shown, 300, layers, f"{title}: {y_title} against {x_title}")
@@ -137,12 +137,13 @@ def training_chart(record: Record) -> Chart:
         Series(key, label, look) for (key, label), look in zip(labels.items(), _training_looks(labels), strict=True)
     ]
     panels, marks = {}, []
-    whats = {
+    whats: dict[str, tuple[str, Callable[[str], np.ndarray]]] = {
         "cosine": ("cosine with the update of full fine-tuning", lambda key: series(record, key, "cosine")),
         "overlap": ("overlap of leading singular vectors / chance", lambda key: overlap_over_chance(record, key)),
     }
     x = quantity("x", "optimizer step", scale={"type": "log", "base": 2, "nice": False},
-                 axis={"values": list(record["steps"]), "format": "~g", "labelOverlap": True, "grid": False})  # fmt: skip
+                 axis={"values": list(record["steps"]), "format": "~g", "labelOverlap": True,
+                       "grid": False})  # fmt: skip
     for title, (y_title, values_of) in whats.items():
         for key in keys:
             marks += _along(record, title, key, labels[key], values_of(key))
@@ -151,12 +152,12 @@ def training_chart(record: Record) -> Chart:
             {"mark": {"type": "area"}, "encoding": {"x": x, "y": {**y, "field": "low"}, "y2": {"field": "high"},
                                                     "opacity": {**DIM, "value": 0.02, "condition": _FAINT}}},
             {"looks": ("color", "strokeDash"), "mark": {"type": "line", "strokeWidth": 1.7},
-             "encoding": {"x": x, "y": y, "opacity": DIM, "tooltip": tooltip("optimizer step", y_title)}},
+             "encoding": {"x": x, "y": y, "opacity": DIM, "tooltip": tooltip(y_title, "optimizer step")}},
         ]  # fmt: skip
         panels[title] = base(shown, 300, layers, f"{y_title} against steps")
     seeds = len(next(iter(record["rows"].values()))["seeds"])
     caption = (
-        f"{record['name']}, scale {record['scale']}; means over layers and {seeds} seeds; bands: range over seeds."
+        f"{record['name']}, scale {record['scale']}, {seeds} seeds; means over layers and seeds; bands: their range."
     )
     return Chart(record["name"], "lines", "Adapters against full fine-tuning along training", "optimizer step",
                  "cosine or overlap", caption, marks, shown, panels)  # fmt: skip

@@ -18,7 +18,7 @@ function h(name, properties = {}, ...children) {
     else if (value === true) element.setAttribute(key, "");
     else if (value !== false && value != null) element.setAttribute(key, value);
   }
-  element.append(...children.flat().filter((child) => child != null && child !== ""));
+  element.append(...children.flat(Infinity).filter((child) => child != null && child !== "" && child !== false));
   return element;
 }
 
@@ -45,8 +45,8 @@ function command(text) {
 }
 
 const recordPath = (record) => `${data.results}/runs/${record.scale}/${record.id}.json`;
-const link = (href) => h("a", { href: href.split("/").map((part) => (part === ".." || /^file:$/.test(part) ? part : encodeURIComponent(part))).join("/") }, href.split("/").pop());
-const recordLink = (record) => link(recordPath(record));
+const link = (path, text) => h("a", { href: path.split("/").map((part) => (part === "file:" ? part : encodeURIComponent(part))).join("/") }, text ?? path.split("/").pop());
+const recordLink = (record) => link(recordPath(record), record.id);
 
 /** A cell's text with what follows the value set lighter; its text content stays as it is. */
 function valueText(text) {
@@ -67,7 +67,7 @@ class SortedTable {
       h(column.right ? "th.right" : "th", { scope: "col" }, h("button", { type: "button", onclick: () => this.sortBy(at) }, column.title)));
     this.body = h("tbody");
     this.lines = new Map();
-    const table = h("table", {}, h("caption", {}, label), h("thead", {}, h("tr", {}, this.heads)), this.body);
+    const table = h("table", {}, h("caption", {}, h("span", {}, label)), h("thead", {}, h("tr", {}, this.heads)), this.body);
     this.scroll = h("div.scroll", { role: "region", tabindex: "0", "aria-label": `${label} (scrolls sideways)` }, table);
     this.more = h("button.more", { type: "button", hidden: true, onclick: () => { this.shown += MORE; this.draw(); } });
     this.element = h("div", {}, this.scroll, this.more);
@@ -121,7 +121,7 @@ class SortedTable {
 function open(title, ...children) {
   const dialog = byId("source");
   const close = h("button.quiet", { type: "button", onclick: () => dialog.close() }, "Close");
-  dialog.replaceChildren(h("div.head", {}, h("h2", { id: "source-title" }, title), close), ...children.flat().filter(Boolean));
+  dialog.replaceChildren(h("div.head", {}, h("h2", { id: "source-title" }, title), close), ...children.flat(Infinity).filter(Boolean));
   if (!dialog.open) dialog.showModal();
   dialog.scrollTop = 0;
 }
@@ -133,8 +133,14 @@ function facts(pairs) {
 
 const metricText = ([value, stderr, n]) => `${number(value, 6)}${stderr == null ? "" : ` ± ${number(stderr, 2)}`} (${count(n, "sample")})`;
 
+const costColumns = [
+  { title: "trainable parameters", right: true, draw: (r) => r.trainable?.toLocaleString("en") ?? "", sort: (r) => r.trainable },
+  { title: "training (s)", right: true, draw: (r) => number(r.seconds), sort: (r) => r.seconds },
+  { title: "peak memory (GiB)", right: true, draw: (r) => (r.peak == null ? "" : number(r.peak / 2 ** 30, 3)), sort: (r) => r.peak },
+];
+
 /** The records of a row: seed, task, the metrics that matter, and a link each. */
-function recordTable(label, places, parts) {
+function recordTable(label, places, parts, costs) {
   const records = places.map((place) => data.records[place]);
   const metrics = parts.length ? parts : [...new Set(records.flatMap((record) => Object.keys(record.metrics)))].slice(0, 6);
   return new SortedTable({
@@ -146,6 +152,7 @@ function recordTable(label, places, parts) {
       { title: "seed", right: true, draw: (r) => (r.seed == null ? "none" : `${r.seed}`), sort: (r) => r.seed },
       { title: "task", draw: (r) => r.task || "none", sort: (r) => r.task },
       { title: "status", draw: (r) => r.status, sort: (r) => r.status },
+      ...(costs ? costColumns : []),
       ...metrics.map((metric) => ({ title: metric, right: true, draw: (r) => (r.metrics[metric] ? metricText(r.metrics[metric]) : ""), sort: (r) => r.metrics[metric]?.[0] })),
     ],
   }).element;
@@ -158,7 +165,7 @@ function openNumber(section, row, block, column) {
   const baseline = column && block.title.startsWith("Paired") ? section.rows.find((other) => other.key === row.baseline) : null;
   const parts = column ? column.parts : [];
   const title = [row.label, row.group && `(${row.group})`].filter(Boolean).join(" ");
-  const published = Object.entries(row.published);
+  const published = column && !column.title.includes("published") ? [] : Object.entries(row.published);
   const commands = [...new Set(row.records.map((place) => data.records[place].command))];
   open(
     column ? `${title}: ${column.title}` : title,
@@ -170,7 +177,7 @@ function openNumber(section, row, block, column) {
       facts([["record", link(`${data.results}/${section.measured.path}`)], ["commit", section.measured.commit]]),
       command(section.measured.command),
     ],
-    row.records.length > 0 && [h("h4", {}, `${count(row.records.length, "record")} behind it, values as recorded`), recordTable(`Records of ${title}`, row.records, parts)],
+    row.records.length > 0 && [h("h4", {}, `${count(row.records.length, "record")} behind it, values as recorded`), recordTable(`Records of ${title}`, row.records, parts, !parts.length)],
     baseline && [h("h4", {}, `Compared with ${baseline.label}`), recordTable(`Records of ${baseline.label}`, baseline.records, parts)],
     published.length > 0 && [
       h("h4", {}, "Published"),
@@ -202,7 +209,7 @@ function openRecord(record) {
 // ---------------------------------------------------------------------------------------------------- sections
 
 function seedsText(section, row) {
-  if (section.measured) return "one measurement";
+  if (section.measured) return "measured";
   if (!row.records.length) return "not run yet";
   const missing = row.cells > row.records.length ? `, ${row.records.length} of ${count(row.cells, "cell")} run` : "";
   return (row.seeds ? count(row.seeds, "seed") : "no seed") + missing;
@@ -394,9 +401,7 @@ function drawRecords() {
       { title: "task", draw: (r) => r.task, sort: (r) => r.task },
       { title: "status", draw: (r) => (r.status === "done" ? "done" : h(`span.badge.${r.status === "failed" || r.status === "diverged" ? r.status : "absent"}`, {}, r.status)), sort: (r) => r.status },
       { title: "first metric, as recorded", right: true, draw: (r) => (first(r) ? [`${number(first(r)[1][0])}`, first(r)[1][1] == null ? "" : h("span.spread", {}, ` ± ${number(first(r)[1][1], 2)}`), h("span.where", {}, first(r)[0])] : ""), sort: (r) => first(r)?.[1][0] },
-      { title: "trainable parameters", right: true, draw: (r) => r.trainable?.toLocaleString("en") ?? "", sort: (r) => r.trainable },
-      { title: "training (s)", right: true, draw: (r) => number(r.seconds), sort: (r) => r.seconds },
-      { title: "peak memory (GiB)", right: true, draw: (r) => (r.peak == null ? "" : number(r.peak / 2 ** 30, 3)), sort: (r) => r.peak },
+      ...costColumns,
       { title: "finished (UTC)", draw: (r) => (r.finished ?? "").slice(0, 16).replace("T", " "), sort: (r) => r.finished },
       { title: "file", draw: recordLink, sort: (r) => r.id },
     ],
@@ -533,7 +538,7 @@ function figure(section, chart) {
       if (old >= 0) views.splice(old, 1)[0].finalize();
       const points = chart.points.filter((point) => !point.panel || point.panel === panel.title);
       const spec = { ...themed(panel.spec), datasets: { points } };
-      const { view } = await window.vegaEmbed(canvas, spec, { mode: "vega-lite", renderer: "svg", actions: false, ast: true, config: chartConfig(), tooltip: { theme: "custom" } });
+      const { view } = await window.vegaEmbed(canvas, spec, { mode: "vega-lite", renderer: "svg", actions: false, ast: true, logLevel: 1, config: chartConfig(), tooltip: { theme: "custom" } });
       views.push(view);
       view.addEventListener("click", (_, item) => {
         const row = section.rows.find((candidate) => candidate.key === item?.datum?.key);
@@ -546,7 +551,7 @@ function figure(section, chart) {
   if (!named) drawLegend();
   const element = h("figure", { "data-chart": chart.name },
     h("figcaption", {}, h("strong", {}, chart.title), h("span", {}, chart.caption)),
-    h("div.panels", {}, panels.map(([, box]) => box), named ? null : legend),
+    h("div.drawing", {}, h(`div.panels${panels.length === 1 ? ".one" : named ? ".wide" : ""}`, {}, panels.map(([, box]) => box)), named ? null : legend),
     lazy(`The ${count(chart.points.length, "point")} drawn, as numbers`, () => pointTable(section, chart)));
   element.draw = async () => {
     if (!named) drawLegend();
