@@ -1,4 +1,4 @@
-"""Sweeps in other processes: the same records as one after another, no cell twice, stopped jobs go on, losses are told."""
+"""Sweeps in other processes: the records of one after another, no cell twice, stopped jobs go on, losses are told."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
-from hydra_plugins.kronlab_launchers import plain
 
+from hydra_plugins.kronlab_launchers import plain
 from kronlab.cell import CONFIG_DIR, Cell
 from kronlab.errors import ConfigError
 from kronlab.experiment import run_cell
@@ -151,7 +151,7 @@ def test_ctrl_c_stops_the_jobs_with_a_checkpoint(launcher: tuple[str, ...], tmp_
 
 @pytest.mark.slow
 def test_a_killed_process_takes_no_cell_along(tmp_path: Path) -> None:
-    """joblib gives up the whole pool then; the cells that it had begun, and those that it had not, are run all the same."""
+    """joblib gives up the whole pool then; what it had begun, and what it had not, is run all the same."""
     results = tmp_path / "r"
     process = sweep("hydra/launcher=joblib", *LONG, "seed=0,1,2", results=results)
     os.kill(until(lambda: training(results), process), signal.SIGKILL)
@@ -189,5 +189,5 @@ def test_slurm_is_asked_for_signal_and_requeue(tmp_path: Path, monkeypatch: pyte
     lines = {line.removeprefix("#SBATCH --") for line in text.splitlines() if line.startswith("#SBATCH")}
     wanted = {"requeue", "signal=USR2@120", "time=240", "gpus-per-node=1", "cpus-per-task=8", "open-mode=append"}
     assert wanted <= lines
-    with pytest.raises(ConfigError, match="hydra/launcher=submitit_slurm: .*slurm_partitoin"):
+    with pytest.raises(ConfigError, match=r"hydra/launcher=submitit_slurm: .*slurm_partitoin"):
         submitit_executor("slurm", folder, 1, {"slurm_partitoin": "a"})

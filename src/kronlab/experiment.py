@@ -183,7 +183,7 @@ def _frame(cell: Cell) -> dict[str, Any]:
 def typed_command() -> str:
     """What was typed, without the settings that only say where files lie on this machine."""
     script = Path(sys.argv[0])
-    where = ("results.", "data.dir", "runtime.", "hydra.", "model.directory")
+    where = ("results.", "data.dir", "runtime.", "hydra.", "model.directory", "publish.")
     typed = [argument for argument in sys.argv[1:] if not argument.lstrip("+~").startswith(where)]
     return " ".join(["python", f"{script.parent.name}/{script.name}", *typed])
 

@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 SOURCES = ("auto", "directory", "hub", "pypi", "random", "cell")
 QUANTISATIONS = {"8bit": 8, "4bit": 4}
-_AUTO_CLASS = {
+AUTO_CLASSES = {
     "causal_lm": "AutoModelForCausalLM",
     "seq2seq_lm": "AutoModelForSeq2SeqLM",
     "sequence_classification": "AutoModelForSequenceClassification",
@@ -79,9 +79,9 @@ BYTE_SPECIALS = ("<bos>", "<eos>", "<pad>", "<unk>")  # ids 256..259 of the byte
 
 def auto_class(architecture: str) -> Any:
     """The transformers auto class for a model config's `architecture`."""
-    if architecture not in _AUTO_CLASS:
-        raise ConfigError(f"model.architecture={architecture!r} is not known; use one of {', '.join(_AUTO_CLASS)}")
-    return getattr(transformers, _AUTO_CLASS[architecture])
+    if architecture not in AUTO_CLASSES:
+        raise ConfigError(f"model.architecture={architecture!r} is not known; use one of {', '.join(AUTO_CLASSES)}")
+    return getattr(transformers, AUTO_CLASSES[architecture])
 
 
 def cache_dir() -> Path:

@@ -27,7 +27,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from kronlab import runs
+from kronlab import publish, runs
 from kronlab.cell import Cell, make_cell
 from kronlab.errors import Busy, KronlabError
 from kronlab.experiment import run_cell
@@ -94,7 +94,7 @@ def run_job(config: DictConfig) -> dict[str, Any] | None:
         KronlabError: as `make_cell` and `run_cell`, outside of a sweep.
     """
     if not (HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN):
-        return run_cell(make_cell(config))
+        return _run(make_cell(config), wait=None)
     number = int(HydraConfig.get().job.num)
     cell = None
     try:
@@ -118,6 +118,15 @@ def run_job(config: DictConfig) -> dict[str, Any] | None:
     return None
 
 
+def _run(cell: Cell, *, wait: bool | None) -> dict[str, Any]:
+    """Run a cell, and publish its adapter if that is asked for; its record."""
+    publishing = publish.wanted(cell.config)
+    record = run_cell(cell, wait=wait, weights=publishing)
+    if publishing and record["status"] != "planned":
+        publish.publish(cell, record)
+    return record
+
+
 def _attempt(number: int, cell: Cell, *, wait: bool | None) -> dict[str, Any] | None:
     """Run a cell of a sweep and note what has come of it.
 
@@ -125,7 +134,7 @@ def _attempt(number: int, cell: Cell, *, wait: bool | None) -> dict[str, Any] | 
         Busy: another process runs it, and `wait` is False.
     """
     try:
-        record = run_cell(cell, wait=wait)
+        record = _run(cell, wait=wait)
     except Exception as error:
         if isinstance(error, Busy) and wait is False:
             raise
