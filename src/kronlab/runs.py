@@ -282,7 +282,7 @@ def refused_by_disk(error: BaseException) -> CheckpointError | None:
         number = cause.errno if isinstance(cause, OSError) else None
         if number in _REFUSALS or (number is None and any(word in str(cause) for word in _REFUSAL_WORDS)):
             what = os.strerror(number) if number is not None else " ".join(str(cause).split())[:160]
-            where = f"{cause.filename}: " if isinstance(cause, OSError) and cause.filename else ""
+            where = f"{cause.filename}: " if isinstance(cause, OSError) and cause.filename else "the results "
             return CheckpointError(f"{where}cannot be written ({what}); make room, then the same command goes on")
         cause = cause.__cause__ or cause.__context__
     return None

@@ -110,13 +110,14 @@ class KronTrainer(Trainer):
     optimizer: Any  # None until training starts
 
     def __init__(
-        self, *arguments: Any, sampler: EpochSampler, objective: Objective, hooks: Hooks, **keywords: Any
+        self, *arguments: Any, sampler: EpochSampler, objective: Objective, hooks: Hooks, keep: int, **keywords: Any
     ) -> None:
         super().__init__(*arguments, **keywords)
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the supervised tokens of the whole step
         self._sampler = sampler
         self._objective = objective
         self._hooks = hooks
+        self._keep = keep
         self.step_loss = 0.0
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
@@ -160,6 +161,9 @@ class KronTrainer(Trainer):
         if state is not None:
             torch.save(state, checkpoint / METHOD_STATE)
         mark_whole(checkpoint)
+        # by their steps; transformers would go by file times, and after a clock was set back remove the one just made
+        for old in sorted(checkpoint.parent.glob("checkpoint-*"), key=_step_of)[: -self._keep]:
+            shutil.rmtree(old, ignore_errors=True)
 
     def restore_method(self, checkpoint: Path) -> None:
         """The method's own state, if its checkpoints have one."""
@@ -339,6 +343,7 @@ def train(
         sampler=sampler,
         objective=objective,
         hooks=hooks,
+        keep=max(2, runtime["keep_checkpoints"]),  # the newest may be damaged by what has stopped the run
     )
     for silent in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(silent)
@@ -424,7 +429,6 @@ def training_arguments(
         use_cpu=runtime["device"] == "cpu",
         save_strategy="steps",
         save_steps=runtime["save_every"],
-        save_total_limit=max(2, runtime["keep_checkpoints"]),  # the newest may be a fragment after a kill
         logging_steps=1,
         logging_nan_inf_filter=False,
         disable_tqdm=True,
