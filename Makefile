@@ -33,7 +33,7 @@ TABLE_ARGS = $(if $(SCALE),table_scale=$(SCALE)) $(if $(RESULTS_DIR),results.dir
 TABLES        := $(patsubst configs/table/table%.yaml,%,$(wildcard configs/table/table*.yaml))
 TABLE_TARGETS := $(addprefix reproduce-table,$(TABLES))
 
-.PHONY: help setup lint format test plan smoke claims dashboard wandb-push $(TABLE_TARGETS)
+.PHONY: help setup lint format test faults plan smoke claims dashboard wandb-push $(TABLE_TARGETS)
 
 help: ## list every target
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -84,6 +84,9 @@ format: $(STAMP) ## put the code into ruff's format, with the fixes that are saf
 
 test: $(STAMP) ## the tests (ARGS="-k name" for some of them, WORKERS=n for more processes)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --dist loadfile $(ARGS)
+
+faults: $(STAMP) ## break sweeps in every known way and see that nothing is lost (ARGS="--kills 500", ARGS=--quick)
+	OMP_NUM_THREADS=1 $(PY) tests/faults/campaign.py $(ARGS)
 
 plan: $(STAMP) ## count parameters, bytes and memory before training; no weights needed
 	@$(PY) scripts/plan.py model=$(MODEL) method=$(METHOD) $(if $(FORMAT),format=$(FORMAT)) $(ARGS)

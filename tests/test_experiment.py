@@ -52,7 +52,7 @@ def final_of(cell: Cell) -> Path:
 def test_every_method_from_config_to_record(short: Callable[..., Cell], model: str, method: str) -> None:
     cell = short(f"model={model}", f"method={method}")
     record = run_cell(cell)
-    assert json.loads(record_file(cell).read_text()) == record  # what is returned is what is on disk
+    assert json.loads(record_file(cell).read_text()).items() > record.items()  # what is returned is what is on disk
     assert (record["status"], record["error"], record["scale"]) == ("done", None, "smoke")
     assert (record["id"], record["train_id"], record["config"]) == (cell.id, cell.train_id, cell.science)
     assert record["name"] == cell.name
@@ -244,7 +244,7 @@ def test_weights_that_blow_up_in_the_last_step_are_a_divergence_too(short: Calla
     record = run_cell(cell)
     assert record["status"] == "diverged"
     assert "held-out loss is not finite" in record["error"]
-    assert json.loads(record_file(cell).read_text()) == record
+    assert Store(cell.config["results"]["dir"]).read(cell.scale, cell.id) == record
 
 
 def test_several_processes_are_refused_before_they_write(short: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from kronlab import interrupt, runs
 from kronlab.cell import explain
 from kronlab.errors import KronlabError
+from kronlab.runs import refused_by_disk
 
 T = TypeVar("T")
 _failed_jobs = 0  # of the sweep that this process runs
@@ -59,6 +60,8 @@ def start(main: Callable[[], None], *, finish: Callable[[], int] = lambda: 0) ->
 def run_main(work: Callable[[], T]) -> T | None:
     """Run `work`; turn a KronlabError into its own words and exit status 2, a signal into 128 and its number.
 
+    A disk that refuses what is written outside of cells (a table, say) is told like a KronlabError.
+
     In a sweep (`-m`) the other jobs still run, and `start` leaves with status 2 behind the last one. A signal stops the
     whole sweep: `Interrupted` goes through to the launcher and to `start`.
     """
@@ -67,8 +70,11 @@ def run_main(work: Callable[[], T]) -> T | None:
     try:
         with interrupt.listening():
             return work()
-    except KronlabError as error:
-        for line in str(error).splitlines():
+    except (KronlabError, OSError) as error:
+        told = error if isinstance(error, KronlabError) else refused_by_disk(error)
+        if told is None:
+            raise
+        for line in str(told).splitlines():
             print(f"error: {line}", file=sys.stderr)
         if in_sweep:
             _failed_jobs += 1

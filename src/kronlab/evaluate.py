@@ -22,7 +22,7 @@ from kronlab.errors import CheckpointError, ConfigError
 from kronlab.evals.harness import Harness, Row, Settings, Subject
 from kronlab.evals.registry import harness_of
 from kronlab.progress import bar
-from kronlab.runs import Store, read_jsonl, write_jsonl
+from kronlab.runs import Store, json_line, read_jsonl, write_jsonl
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def _collect(
                     row |= harness.grade(row, settings)
                 row["seconds"] = seconds
                 rows.append(row)
-                handle.write(json.dumps(row) + "\n")
+                handle.write(json_line(row))
             handle.flush()
             right = None if harness.grades_late else f"{100 * sum(map(_right, rows)) / len(rows):.1f} % right"
             shown.update(len(rows) - shown.n, note=right)
@@ -102,7 +102,7 @@ def _grade_late(harness: Harness, rows: list[Row], settings: Settings, *, path: 
             key = row["id"], _row_sha(row)
             found[key] = verdict
             line = {"id": key[0], "row_sha": key[1], "stamp": stamp, "verdict": verdict}
-            handle.write(json.dumps(line) + "\n")
+            handle.write(json_line(line))
             handle.flush()
             shown.update(1, note=f"{100 * sum(map(_right, found.values())) / len(found):.1f} % right")
     graded = [row | found[row["id"], _row_sha(row)] for row in rows]
@@ -190,7 +190,7 @@ def regrade(store: Store, record: Mapping[str, Any]) -> tuple[dict[str, Any], di
         write_jsonl(path, graded)
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     new = dict(record) | {"eval": sections, "regraded": {"at": now, "versions": runs.versions()}}
-    runs.write_json(store.record_path(record["scale"], record["id"]), new)
+    runs.write_record(store.record_path(record["scale"], record["id"]), new)
     return new, changed
 
 

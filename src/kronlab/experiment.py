@@ -38,7 +38,7 @@ from kronlab.evaluate import evaluate, score
 from kronlab.generate import ready_to_grade
 from kronlab.multiple_choice import MultipleChoiceHead, encode_question
 from kronlab.runs import Store
-from kronlab.train import Diverged, OnStep, TrainReport, newest_checkpoint, train
+from kronlab.train import COMPLETE, Diverged, OnStep, TrainReport, damage, mark_whole, newest_checkpoint, train
 
 log = logging.getLogger(__name__)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -256,6 +256,7 @@ def base_model(cell: Cell, *, wait: bool | None = None) -> dict[str, Any]:
         record = run_cell(maker, wait=wait, weights=True)  # its record alone, as git brings it, does not help here
         if record["status"] != runs.DONE:
             raise ModelError(f"model {model['name']}: its pre-training has {record['status']}: {record['error']}")
+    _check_weights(final)
     return model | {"source": "directory", "directory": str(final)}
 
 
@@ -516,8 +517,20 @@ def _save_weights(
     if isinstance(network, PreTrainedModel):
         tokenizer.save_pretrained(scratch)
     (scratch / models.TRAINING).write_text(json.dumps(section, indent=1) + "\n")
+    mark_whole(scratch)
     shutil.rmtree(final, ignore_errors=True)
     scratch.rename(final)
+
+
+def _check_weights(final: Path) -> None:
+    """Refuse weights whose files are not as `_save_weights` has written them; older ones have no marker to tell.
+
+    Raises:
+        CheckpointError: a file is missing, cut or changed.
+    """
+    found = damage(final) if (final / COMPLETE).is_file() else None
+    if found is not None:
+        raise CheckpointError(f"{final} cannot be loaded ({found}); delete it and run the cell again")
 
 
 def _load_weights(network: nn.Module, final: Path, *, moved: bool = False) -> dict[str, Tensor] | None:
@@ -528,6 +541,7 @@ def _load_weights(network: nn.Module, final: Path, *, moved: bool = False) -> di
     from peft import PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
     from safetensors.torch import load_model
 
+    _check_weights(final)
     start = None
     try:
         if isinstance(network, PeftModel):

@@ -10,13 +10,16 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import logging
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib import metadata
@@ -80,6 +83,8 @@ class Store:
                 raise ValueError(f"it holds id {record['id']}")
             if record["status"] not in (DONE, FAILED, DIVERGED):
                 raise ValueError(f"its status is {record['status']!r}")
+            if SEAL in record and record.pop(SEAL) != _seal(record):
+                raise ValueError("its contents do not fit its seal, so they were changed")
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"{path} is not a whole record ({error}); delete it and run the cell again"
@@ -149,8 +154,11 @@ class Store:
         if afresh or not mark.exists():
             shutil.rmtree(self.folder(scale, cell_id), ignore_errors=True)
         mark.parent.mkdir(parents=True, exist_ok=True)
+        path = self.record_path(scale, cell_id)
         if not mark.exists():
-            self.record_path(scale, cell_id).unlink(missing_ok=True)  # of another machine; git has it
+            path.unlink(missing_ok=True)  # of another machine; git has it
+        for scratch in path.parent.glob(f".{path.name}.*"):  # of a writer that was killed
+            scratch.unlink(missing_ok=True)
         mark.touch()
 
     def write(self, record: Mapping[str, Any]) -> Path:
@@ -159,7 +167,7 @@ class Store:
         mark = self._made_here(record["scale"], record["id"])
         mark.parent.mkdir(parents=True, exist_ok=True)
         mark.touch()
-        write_json(path, record)
+        write_record(path, record)
         return path
 
     def records(self, scale: str, *, corrupt: Literal["raise", "skip"] = "raise") -> Iterator[dict[str, Any]]:
@@ -196,6 +204,22 @@ def read_measurement(path: Path, *, schema: int, part: str) -> dict[str, Any] | 
     return record
 
 
+SEAL = "seal"
+"""The field of a record file that tells whether the others are as they were written; older records have none."""
+
+
+def _seal(record: Mapping[str, Any]) -> str:
+    """The first 16 hex digits of the SHA-256 of a record's canonical JSON."""
+    text = json.dumps(record, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a record with its seal, in one step."""
+    plain = json.loads(json.dumps(record, allow_nan=False))  # as it will be read: lists for tuples
+    write_json(path, plain | {SEAL: _seal(plain)})
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON to a temporary file beside `path`, then rename it there."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -211,15 +235,29 @@ def write_json(path: Path, value: Any) -> None:
         raise
 
 
+_CHECK = re.compile(rb', "crc": "([0-9a-f]{8})"}$')  # CRC-32 of the line without it
+
+
+def json_line(line: Mapping[str, Any]) -> str:
+    """An object as a line of a JSON-lines file, its last field a checksum that `read_jsonl` takes off again."""
+    text = json.dumps(line)
+    return f'{text[:-1]}, "crc": "{zlib.crc32(text.encode()):08x}"}}\n' if line else "{}\n"
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The lines of a JSON-lines file, up to one that a kill cut short; an absent file has none.
 
-    Behind a line that is no object nothing counts: what has damaged it may have hit others. Whoever reads a file to go
-    on from it makes the rest again.
+    Behind a line that is no object, or whose checksum is wrong, nothing counts: what has damaged it may have hit
+    others. Whoever reads a file to go on from it makes the rest again. Lines without a checksum are taken as they are.
     """
     lines: list[dict[str, Any]] = []
     if path.is_file():
         for text in path.read_bytes().splitlines():
+            check = _CHECK.search(text)
+            if check:
+                text = text[: check.start()] + b"}"
+            if check and zlib.crc32(text) != int(check[1], 16):
+                break
             try:
                 line = json.loads(text)
             except ValueError:  # no JSON, or no UTF-8
@@ -235,7 +273,7 @@ def write_jsonl(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.part")
     try:
-        scratch.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        scratch.write_text("".join(map(json_line, lines)))
         scratch.replace(path)
     except BaseException:
         scratch.unlink(missing_ok=True)
@@ -263,7 +301,7 @@ def refused_by_disk(error: BaseException) -> CheckpointError | None:
         number = cause.errno if isinstance(cause, OSError) else None
         if number in _REFUSALS or (number is None and any(word in str(cause) for word in _REFUSAL_WORDS)):
             what = os.strerror(number) if number is not None else " ".join(str(cause).split())[:160]
-            where = f"{cause.filename}: " if isinstance(cause, OSError) and cause.filename else ""
+            where = f"{cause.filename}: " if isinstance(cause, OSError) and cause.filename else "the results "
             return CheckpointError(f"{where}cannot be written ({what}); make room, then the same command goes on")
         cause = cause.__cause__ or cause.__context__
     return None
