@@ -79,8 +79,8 @@ def charts_of(source: Source) -> list[Chart]:
     kinds = {entry["kind"] for _, entry in named}
     first = next((column for column in source.layout["columns"] if "eval" in column), None)
     if "pareto" not in kinds and first is not None and source.spec.get("kind", "cells") == "cells":
-        entry = {"kind": "pareto", "eval": first["eval"], "metric": first["metric"]}
-        named.append((f"{source.spec['name']}_pareto", entry))
+        judged = {"kind": "pareto", "eval": first["eval"], "metric": first["metric"]}
+        named.append((f"{source.spec['name']}_pareto", judged))
     if "loss" not in kinds and source.spec.get("kind", "cells") == "cells":
         named.append((f"{source.spec['name']}_loss", {"kind": "loss"}))
     charts = []
@@ -250,41 +250,60 @@ def _curves(name: str, source: Source, entry: Mapping[str, Any], points: Sequenc
         x_title = panel["axis"].rpartition(".")[2]
         x = quantity("x", x_title, scale={"type": "log", "base": 2, "nice": False, "padding": 14},
                       axis={"values": at, "format": "~g", "grid": False})  # fmt: skip
-        layers: list[Spec] = [
-            {
-                "transform": [*only("across"), {"filter": "isValid(datum.low)"}],
-                "mark": {"type": "rect", "opacity": 0.12},
-                "encoding": {"y": {**y, "field": "low"}, "y2": {"field": "high"}},
-            },
-            {
-                "transform": only("across"),
-                "mark": {"type": "rule", "strokeDash": [5, 4], "strokeWidth": 1.4},
-                "encoding": {"y": y, "tooltip": tooltip(y_title)},
-            },
-            {
-                "transform": only("seed"),
-                "mark": {"type": "point", "filled": True, "size": 18, "opacity": 0.35, "xOffset": 7},
-                "encoding": {"x": x, "y": y, "tooltip": tooltip(y_title, x_title, of_seed=True)},
-            },
-            whisker(x, y, ("mean",)),
-            {
-                "transform": only("mean"),
-                "mark": {"type": "line", "strokeWidth": 1.8},
-                "encoding": {"x": x, "y": y, "opacity": DIM},
-            },
-            {
-                "looks": ("color", "shape"),
-                "transform": only("mean"),
-                "mark": {"type": "point", "filled": True, "size": 60, "opacity": 1},
-                "encoding": {"x": x, "y": y, "opacity": DIM, "tooltip": tooltip(y_title, x_title)},
-            },
-        ]
-        panels[title] = base(series, 250, layers, f"{y_title} against {x_title}")
+        panels[title] = base(series, 250, _line_layers(x, y, x_title, y_title), f"{y_title} against {x_title}")
     named = [*(key for panel in entry["panels"] for key in panel["rows"]), *filter(None, [entry.get("baseline")])]
     caption = _caption(source, points, named, "faint dots: single seeds; dashed: the baseline")
     better = unit_of(entry["metric"]).better
     return Chart(name, "curves", f"{y_title}, one size at a time; {better}", "size", y_title, caption,
                  _marks(points, lambda point: of_row[point.key]), series, panels)  # fmt: skip
+
+
+def _line_layers(x: Spec, y: Spec, x_title: str, y_title: str) -> list[Spec]:
+    """Means joined by a line, their intervals, each seed a faint dot; what has no place on the axis lies across."""
+    return [
+        {
+            "transform": [*only("across"), {"filter": "isValid(datum.low)"}],
+            "mark": {"type": "rect", "opacity": 0.12},
+            "encoding": {"y": {**y, "field": "low"}, "y2": {"field": "high"}},
+        },
+        {
+            "transform": only("across"),
+            "mark": {"type": "rule", "strokeDash": [5, 4], "strokeWidth": 1.4},
+            "encoding": {"y": y, "tooltip": tooltip(y_title)},
+        },
+        {
+            "transform": only("seed"),
+            "mark": {"type": "point", "filled": True, "size": 18, "opacity": 0.35, "xOffset": 7},
+            "encoding": {"x": x, "y": y, "tooltip": tooltip(y_title, x_title, of_seed=True)},
+        },
+        whisker(x, y, ("mean",)),
+        {
+            "transform": only("mean"),
+            "mark": {"type": "line", "strokeWidth": 1.8},
+            "encoding": {"x": x, "y": y, "opacity": DIM},
+        },
+        {
+            "looks": ("color", "shape"),
+            "transform": only("mean"),
+            "mark": {"type": "point", "filled": True, "size": 60, "opacity": 1},
+            "encoding": {"x": x, "y": y, "opacity": DIM, "tooltip": tooltip(y_title, x_title)},
+        },
+    ]
+
+
+def _across(name: str, source: Source, entry: Mapping[str, Any], points: Sequence[Point]) -> Chart:
+    """As `kronlab.report.figures.across`: means and seeds over what several evals differ in, one line a row."""
+    unit = unit_of(entry["metric"])
+    x_title = str(entry.get("title", entry["axis"].rpartition(".")[2]))
+    y_title = f"{entry['metric'].replace('_', ' ')} ({unit.name})"
+    x = quantity("x", x_title, scale={"type": "log", "base": 2, "nice": False, "padding": 14},
+                  axis={"values": sorted({point.position for point in points}), "format": "~g", "grid": False})  # fmt: skip
+    y = quantity("value", y_title, scale={"zero": False})
+    series = _of_rows(source, points)
+    panels = {"": base(series, 300, _line_layers(x, y, x_title, y_title), f"{y_title} against {x_title}")}
+    return Chart(name, "across", f"{y_title} against {x_title}; {unit.better}", x_title, y_title,
+                 _caption(source, points, entry.get("rows"), "faint dots: single seeds"),
+                 _marks(points, lambda point: point.key), series, panels)  # fmt: skip
 
 
 def _extent(points: Sequence[Point]) -> list[float]:
@@ -455,6 +474,7 @@ def _told(sentences: Sequence[str]) -> str:
 
 DRAWN: Final[Mapping[str, Callable[[str, Source, Mapping[str, Any], Sequence[Point]], Chart]]] = {
     "curves": _curves,
+    "across": _across,
     "pareto": _pareto,
     "loss": _loss,
     "forest": _forest,
