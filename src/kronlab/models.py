@@ -39,6 +39,7 @@ _AUTO_CLASS = {
     "sequence_classification": "AutoModelForSequenceClassification",
     "multiple_choice": "AutoModelForMultipleChoice",
 }
+ARCHITECTURES = tuple(_AUTO_CLASS)
 
 
 @dataclass(frozen=True)
