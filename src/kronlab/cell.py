@@ -24,12 +24,13 @@ from kronlab.data.common import did_you_mean
 from kronlab.errors import ConfigError
 from kronlab.evals.harness import positive
 from kronlab.evals.registry import HARNESSES, harness_of, kind_of
-from kronlab.methods import METHODS, label, quantised_fault, trains, with_budget
+from kronlab.methods import label, quantised_fault, trains, with_budget
 from kronlab.moved_base import moves_base
 from kronlab.sequence import RESOLVED, first_look, plain, with_stages
+from kronlab.validate import SCALES as SCALES  # others take it from here
+from kronlab.validate import faults
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
-SCALES = ("smoke", "mini", "small", "paper")
 # In configs, ${repo:examples/made_up} is that folder of this checkout, wherever a script is started.
 OmegaConf.register_new_resolver("repo", lambda path: str(CONFIG_DIR.parent / path), replace=True)
 RECORD_SCHEMA = 1
@@ -244,106 +245,36 @@ def validate(config: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: one line for each fault: key, value, what is allowed.
     """
-    faults: list[str] = []
-
-    def check(ok: bool, key: str, value: Any, allowed: str) -> None:
-        if not ok:
-            faults.append(f"{key}={value!r}: must be {allowed}")
-
-    def number(
-        section: str, key: str, *, above: float | None = None, least: float | None = None, whole: bool = False
-    ) -> None:
-        value = config[section][key]
-        kind = int if whole else (int, float)
-        right = isinstance(value, kind) and not isinstance(value, bool)
-        right = right and (above is None or value > above) and (least is None or value >= least)
-        bound = f" above {above:g}" if above is not None else f" of at least {least:g}" if least is not None else ""
-        check(right, f"{section}.{key}", value, f"a {'whole ' if whole else ''}number{bound}")
-
-    check(config["scale"] in SCALES, "scale", config["scale"], f"one of {', '.join(SCALES)}")
-    seed = config["seed"]
-    check(
-        isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0,
-        "seed",
-        seed,
-        "a whole number of at least 0",
-    )
-    number("trainer", "lr", above=0)
-    number("trainer", "epochs", above=0)
-    number("trainer", "batch_size", least=1, whole=True)
-    number("trainer", "micro_batch_size", least=1, whole=True)
-    number("trainer", "warmup_ratio", least=0)
-    number("trainer", "weight_decay", least=0)
-    number("runtime", "save_every", least=1, whole=True)
-    number("runtime", "stale_after", above=0)
-    for section, key in (("runtime", "trail"), ("runtime", "wait")):
-        check(isinstance(config[section][key], bool), f"{section}.{key}", config[section][key], "true or false")
-    for key in ("force", "retry_failed", "dry_run"):
-        check(isinstance(config[key], bool), key, config[key], "true or false")
-    precision = config["trainer"]["precision"]
-    check(precision in ("bf16", "fp32"), "trainer.precision", precision, "bf16 or fp32")
-    method = config["method"]
-    check(method["name"] in METHODS, "method.name", method["name"], f"one of {', '.join(METHODS)}")
-    for key in ("r1", "r2", "r", "d_a1", "d_a2", "init_r", "delta_t"):
-        value = method.get(key, 1)
-        named = key in ("r1", "r2") and value == "near_square"
-        absent = key == "d_a2" and value is None
-        right = named or absent or (isinstance(value, int) and not isinstance(value, bool) and value >= 1)
-        check(right, f"method.{key}", value, "a whole number of at least 1")
-    if method.get("lr_ratio") is not None:
-        number("method", "lr_ratio", above=0)
-        check(method["name"] == "lora", "method.lr_ratio", method["lr_ratio"], "null: only LoRA has factors A and B")
+    found = list(faults(config, CONFIG_DIR))
+    if found:  # what follows relies on types
+        raise ConfigError("\n".join(found))
+    method, storage = config["method"], config["adapter_storage"]
+    if method.get("lr_ratio") is not None and method["name"] != "lora":
+        found.append(f"method.lr_ratio={method['lr_ratio']!r}: must be null: only LoRA has factors A and B")
     quantization = config["model"].get("quantization")
-    right = quantization is None or quantization in models.QUANTISATIONS
-    check(right, "model.quantization", quantization, f"null or one of {', '.join(models.QUANTISATIONS)}")
-    if right and quantization is not None and (fault := quantised_fault(method, quantization)) is not None:
-        faults.append(f"model.quantization={quantization!r}: {fault}; set it to null")
+    if quantization is not None and (fault := quantised_fault(method, quantization)) is not None:
+        found.append(f"model.quantization={quantization!r}: {fault}; set it to null")
     for task in _tasks(config):
-        name, n = task["name"], task["n"]
-        check(name != "none" or not trains(method), "task", name, "a task with training data, or method=none")
-        check(
-            n is None or (isinstance(n, int) and n >= 1),
-            "task.n",
-            n,
-            "a whole number of at least 1, or null for all",
-        )
-    faults += _storage_faults(config["adapter_storage"], method)
-    device = config["runtime"]["device"]
-    check(device in ("auto", "cpu", "cuda"), "runtime.device", device, "auto, cpu or cuda")
-    mode = config["logger"].get("mode", "offline")
-    check(mode in ("offline", "online"), "logger.mode", mode, "offline or online")
-    reuse = config["results"]["reuse"]
-    check(reuse in ("local", "any"), "results.reuse", reuse, "local or any")
-    known = _trainer_settings()
-    for key in sorted(set(config["trainer"]) - known):  # added with +; would change the id and nothing else
-        faults.append(f"trainer.{key} is not a setting; known are {', '.join(sorted(known))}")
-    check(bool(config["eval"]), "eval", config["eval"], "at least one eval, as the task configs name them")
+        if task["name"] == "none" and trains(method):
+            found.append("task='none': must be a task with training data, or method=none")
+    try:
+        label(method)
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
+        found.append(f"method.label={method['label']!r}: cannot be filled in from the method's keys ({error})")
+    found += _storage_faults(storage, method)
+    if not config["eval"]:
+        found.append("eval={}: must be at least one eval, as the task configs name them")
     for name, settings in config["eval"].items():
         kind = kind_of(settings)
-        check(kind in HARNESSES, f"eval.{name}.kind", kind, f"one of {', '.join(HARNESSES)}")
-        if kind in HARNESSES:
-            faults += harness_of(settings).faults(name, settings)
-        count = settings["n"]
-        check(
-            count is None or positive(count),
-            f"eval.{name}.n",
-            count,
-            "at least 1, or null for all",
-        )
+        if kind not in HARNESSES:
+            found.append(f"eval.{name}.kind={kind!r}: must be one of {', '.join(HARNESSES)}")
+        else:
+            found += harness_of(settings).faults(name, settings)
         shots = settings.get("shots")
-        check(
-            not shots or (set(shots) == {"n", "split", "separator"} and positive(shots["n"])),
-            f"eval.{name}.shots",
-            shots,
-            "null, or n, split and separator",
-        )
-    if faults:
-        raise ConfigError("\n".join(faults))
-
-
-@lru_cache(maxsize=1)
-def _trainer_settings() -> frozenset[str]:
-    return frozenset(str(key) for key in OmegaConf.load(CONFIG_DIR / "trainer" / "default.yaml"))
+        if shots and not (set(shots) == {"n", "split", "separator"} and positive(shots["n"])):
+            found.append(f"eval.{name}.shots={shots!r}: must be null, or n, split and separator")
+    if found:
+        raise ConfigError("\n".join(found))
 
 
 def _storage_faults(storage: Mapping[str, Any], method: Mapping[str, Any]) -> Iterator[str]:

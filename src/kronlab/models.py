@@ -47,6 +47,7 @@ AUTO_CLASSES = {
 }
 CLASSIFIERS = ("sequence_classification", "image_classification")  # the head has an output for each class
 WITH_HEAD = (*CLASSIFIERS, "multiple_choice")  # the head is trained in full beside an adapter
+ARCHITECTURES = tuple(AUTO_CLASSES)
 
 
 @dataclass(frozen=True)

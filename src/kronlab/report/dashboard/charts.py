@@ -22,7 +22,7 @@ Spec = dict[str, Any]
 _DIGITS: Final = 6
 _SHAPES: Final = {"o": "circle", "s": "square", "D": "diamond", "^": "triangle-up", "v": "triangle-down", "P": "cross",
                   "<": "triangle-left", ">": "triangle-right"}  # fmt: skip
-DIM: Final = {"condition": {"test": "lit === '' || datum.series === lit", "value": 1}, "value": 0.12}
+DIM: Final[dict[str, Any]] = {"condition": {"test": "lit === '' || datum.series === lit", "value": 1}, "value": 0.12}
 _BAND: Final = {"condition": {"test": "lit === datum.series", "value": 0.25}, "value": 0.07}
 
 
@@ -296,8 +296,9 @@ def _across(name: str, source: Source, entry: Mapping[str, Any], points: Sequenc
     unit = unit_of(entry["metric"])
     x_title = str(entry.get("title", entry["axis"].rpartition(".")[2]))
     y_title = f"{entry['metric'].replace('_', ' ')} ({unit.name})"
+    at = sorted({point.position for point in points})
     x = quantity("x", x_title, scale={"type": "log", "base": 2, "nice": False, "padding": 14},
-                  axis={"values": sorted({point.position for point in points}), "format": "~g", "grid": False})  # fmt: skip
+                  axis={"values": at, "format": "~g", "grid": False})  # fmt: skip
     y = quantity("value", y_title, scale={"zero": False})
     series = _of_rows(source, points)
     panels = {"": base(series, 300, _line_layers(x, y, x_title, y_title), f"{y_title} against {x_title}")}
