@@ -25,4 +25,7 @@ class OptunaSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> Any:
         from kronlab.study import run_study
 
+        assert self.config is not None
+        assert self.hydra_context is not None
+        assert self.launcher is not None
         return run_study(self.config, self.hydra_context, self.launcher.launch, arguments, self.settings)
