@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from kronlab.runs import read_jsonl
+
 optuna = pytest.importorskip("optuna", reason="an optional extra: optuna")
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,6 +38,7 @@ def here(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1000)
 def test_a_killed_study_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -47,12 +50,17 @@ def test_a_killed_study_goes_on(
         env=os.environ | {"PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    deadline = time.monotonic() + 200
-    while not list(results.glob("checkpoints/*/checkpoint-*")) and process.poll() is None:
+    deadline = time.monotonic() + 900
+
+    def steps() -> int:
+        return max((len(read_jsonl(path)) for path in results.glob("checkpoints/*/loss.jsonl")), default=0)
+
+    while steps() < 8 and process.poll() is None:  # its checkpoint of step 5 is whole
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
     assert here(*command, monkeypatch=monkeypatch) == 0
     out = capsys.readouterr().out
     assert "resuming from checkpoint-" in out
