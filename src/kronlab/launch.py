@@ -272,7 +272,7 @@ def submitit_executor(cluster: str, folder: str, max_num_timeout: int, parameter
         executor = submitit.AutoExecutor(folder=folder, cluster=cluster, **timeouts)
         executor.update_parameters(**parameters)
     except (RuntimeError, ValueError, NameError, TypeError) as error:
-        raise ConfigError(f"hydra/launcher=submitit_{cluster}: {sweep.one_line(error)}") from error
+        raise ConfigError(f"hydra/launcher=submitit_{cluster}: {' '.join(str(error).split())}") from error
     return executor
 
 
@@ -345,6 +345,7 @@ def with_ray(jobs: Sequence[Job], *, init: Mapping[str, Any], remote: Mapping[st
     Raises:
         ConfigError: Ray is not installed, or refuses the settings.
     """
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # lines of cells that differ in a number are not one line
     ray = needed("ray", launcher="ray", extra="ray")
     own = not ray.is_initialized()
     try:
@@ -352,7 +353,7 @@ def with_ray(jobs: Sequence[Job], *, init: Mapping[str, Any], remote: Mapping[st
             ray.init(**init)
         task = ray.remote(**remote)(work) if remote else ray.remote(work)
     except (ValueError, TypeError, ConnectionError) as error:
-        raise ConfigError(f"hydra.launcher: Ray says: {sweep.one_line(error)}") from error
+        raise ConfigError(f"hydra/launcher=ray: {' '.join(str(error).split())}") from error
     results: dict[int, Any] = {}
     running: dict[Any, Job] = {}
 

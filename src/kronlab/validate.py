@@ -232,6 +232,10 @@ RULES: Final[dict[str, Rule]] = {
     "adapter_storage.group_size": whole(2),
     "results.dir": TEXT,
     "results.reuse": one_of("local", "any"),
+    "publish.dir": or_null(TEXT),
+    "publish.as_lora": FLAG,
+    "publish.hub": or_null(TEXT),
+    "publish.private": FLAG,
     "logger.name": one_of("none", "wandb"),
     "logger.project": TEXT,
     "logger.mode": one_of("offline", "online"),
@@ -294,7 +298,7 @@ SOURCE_RULES: Final[dict[str, Rule]] = {
 _LARGEST_PARAMETER: Final = 10**6  # of a generator; what it makes of more fits nowhere
 
 # Sections whose keys are those of the shipped configs: another one would change a cell's id and nothing else.
-CLOSED: Final = ("trainer", "method", "runtime", "results", "data", "adapter_storage", "logger", "task")
+CLOSED: Final = ("trainer", "method", "runtime", "results", "data", "adapter_storage", "publish", "logger", "task")
 
 
 # ------------------------------------------------------------------------------------------------------------- applying
