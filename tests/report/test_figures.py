@@ -392,11 +392,13 @@ def test_what_has_not_been_run_is_left_out_and_said_so(tmp_path: Path, caplog: p
     [
         (
             {"kind": "pie"},
-            "table5, scale mini, figure pie: kind='pie' is not known; use one of curves, pareto, loss, kept, forest",
+            "table5, scale mini, figure pie: kind='pie' is not known; "
+            "use one of curves, across, pareto, loss, kept, forest",
         ),
         (
             {"name": "x"},
-            "table5, scale mini, figure x: kind=None is not known; use one of curves, pareto, loss, kept, forest",
+            "table5, scale mini, figure x: kind=None is not known; "
+            "use one of curves, across, pareto, loss, kept, forest",
         ),
         ({"kind": "pareto"}, "table5, scale mini, figure pareto: eval, metric must be given"),
         (
