@@ -35,7 +35,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from kronlab.adapters.base import BASE_NAME, KronConfig
-from kronlab.adapters.checkpoint import CONFIG_FILE, WEIGHTS_FILE, method_of, write_checkpoint
+from kronlab.adapters.checkpoint import CONFIG_FILE, WEIGHTS_FILE, is_packed, method_of, read_adapter, write_checkpoint
 from kronlab.adapters.lora_export import export_lora
 from kronlab.adapters.peft_hook import (
     AuxiliaryTrainingWrapper,
@@ -43,7 +43,7 @@ from kronlab.adapters.peft_hook import (
     PeftConfig,
     get_peft_model_state_dict,
 )
-from kronlab.adapters.quantize import PACKED_FILE, QuantisedAdapter, quantize_adapter, read_adapter, save_packed
+from kronlab.adapters.quantize import PACKED_FILE, QuantisedAdapter, quantize_adapter, save_packed
 from kronlab.adapters.quantized_base import bits_of
 from kronlab.errors import CheckpointError, ConfigError, KronlabError
 from kronlab.runs import write_json
@@ -607,7 +607,7 @@ def _entry(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> BankEntry:
 
 
 def _kind(folder: Path) -> str | None:
-    return QuantisedAdapter.load(folder / PACKED_FILE).kind if (folder / PACKED_FILE).is_file() else None
+    return QuantisedAdapter.load(folder / PACKED_FILE).kind if is_packed(folder) else None
 
 
 def _structure(config: PeftConfig) -> str:

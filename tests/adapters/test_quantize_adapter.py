@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
 
+from kronlab.adapters import CdkaConfig, KronLoraConfig, checkpoint
+from kronlab.adapters.convert import convert
 from kronlab.adapters.peft_hook import get_peft_model_state_dict
-from kronlab.adapters.quantize import FORMATS, QuantisedAdapter, nf4_levels, quantize_adapter
+from kronlab.adapters.quantize import (
+    FORMATS,
+    PACKED_FILE,
+    QuantisedAdapter,
+    nf4_levels,
+    quantize_adapter,
+    save_packed,
+)
 from kronlab.errors import CheckpointError, ConfigError
 
 
@@ -113,3 +127,81 @@ def test_what_cannot_be_packed_is_one_line(tmp_path: Path) -> None:
     for path in (tmp_path / "other.safetensors", tmp_path / "absent"):
         with pytest.raises(CheckpointError, match=f"{path} is no adapter"):
             QuantisedAdapter.load(path)
+
+
+# ---- folders that PEFT loads
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("method", ["lora", "cdka", "kron_lora"])
+def test_peft_loads_a_packed_folder(
+    llama: Any, fill: Callable[..., nn.Module], tmp_path: Path, method: str, kind: str
+) -> None:
+    config: Any = {
+        "lora": lambda: LoraConfig(r=3, target_modules="all-linear", modules_to_save=["norm"]),
+        "cdka": lambda: CdkaConfig(r1=2, r2=4, r=3, modules_to_save=["norm"]),
+        "kron_lora": lambda: KronLoraConfig(r=3, d_a2=4, modules_to_save=["norm"]),
+    }[method]()
+    config.task_type = "CAUSAL_LM"
+    model: Any = fill(get_peft_model(llama.model(), config))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name or "modules_to_save" in name:
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+    packed = quantize_adapter(model, kind=kind)
+    save_packed(packed, model.peft_config["default"], tmp_path / "packed")
+    assert sorted(file.name for file in (tmp_path / "packed").iterdir()) == ["adapter_config.json", PACKED_FILE]
+    set_peft_model_state_dict(model, packed.state_dict())
+    expected = llama.logits(model.eval())
+    loaded = PeftModel.from_pretrained(llama.model(), str(tmp_path / "packed")).eval()
+    assert torch.equal(llama.logits(loaded), expected)
+    loaded.load_adapter(str(tmp_path / "packed"), adapter_name="again")
+    loaded.set_adapter("again")
+    assert torch.equal(llama.logits(loaded.eval()), expected)
+
+    # Converted to LoRA from the files alone; and PEFT's own folder, if there is one, goes first.
+    convert(tmp_path / "packed", "lora", tmp_path / "lora")
+    as_lora = PeftModel.from_pretrained(llama.model(), str(tmp_path / "lora")).eval()
+    torch.testing.assert_close(llama.logits(as_lora), expected, rtol=0, atol=1e-4)
+    for parameter in model.parameters():
+        parameter.mul_(1.01)
+    model.save_pretrained(str(tmp_path / "packed"))
+    both = PeftModel.from_pretrained(llama.model(), str(tmp_path / "packed")).eval()
+    assert not torch.equal(llama.logits(both), expected)
+
+
+def test_what_peft_says_of_a_packed_folder(
+    llama: Any, make_config: Callable[..., Any], fill: Callable[..., nn.Module], tmp_path: Path
+) -> None:
+    """A damaged or unfitting one is an error by kronlab; without kronlab there are no weights, which is one too."""
+    model: Any = fill(get_peft_model(llama.model(), make_config(task_type="CAUSAL_LM")))
+    save_packed(quantize_adapter(model, 4), model.peft_config["default"], tmp_path)
+    with pytest.raises(CheckpointError, match="the checkpoint has unknown"):
+        PeftModel.from_pretrained(llama.model(num_hidden_layers=1), str(tmp_path))
+    script = (
+        "import json, sys, torch\nfrom peft import LoraConfig, PeftModel\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "LoraConfig(target_modules='all-linear').save_pretrained(sys.argv[1])\n"
+        "sizes = {'hidden_size': 32, 'intermediate_size': 48, 'num_hidden_layers': 2, 'vocab_size': 40}\n"
+        "model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4))\n"
+        "PeftModel.from_pretrained(model, sys.argv[1])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode != 0
+    assert str(tmp_path) in done.stderr.splitlines()[-1]
+    (tmp_path / PACKED_FILE).write_bytes(b"nothing")
+    with pytest.raises(CheckpointError, match=r"is no adapter that QuantisedAdapter\.save has written"):
+        PeftModel.from_pretrained(llama.model(), str(tmp_path))
+
+
+def test_hooking_in_again_changes_nothing() -> None:
+    before = peft.peft_model.load_peft_weights
+    importlib.reload(checkpoint)
+    assert peft.peft_model.load_peft_weights is not before
+    assert peft.peft_model.load_peft_weights.kronlab_plain is before.kronlab_plain
+    assert not hasattr(before.kronlab_plain, "kronlab_plain")

@@ -33,7 +33,7 @@ from kronlab.adapters.kron_lora import (
 )
 from kronlab.adapters.lora_export import export_lora, lora_factors
 from kronlab.adapters.peft_hook import register
-from kronlab.adapters.quantize import QuantisedAdapter, load_quantised, quantize_adapter
+from kronlab.adapters.quantize import QuantisedAdapter, load_quantised, quantize_adapter, save_packed
 from kronlab.adapters.quantized_base import MergeError, QuantisedMergeError, allow_4bit_merge
 from kronlab.adapters.swap import swap_weights
 
@@ -66,6 +66,7 @@ __all__ = [
     "load_quantised",
     "lora_factors",
     "quantize_adapter",
+    "save_packed",
     "swap_weights",
     "to_authors_state_dict",
 ]

@@ -24,7 +24,8 @@ from kronlab.adapters.base import KronConfig
 from kronlab.adapters.cdka import CdkaComponents, CdkaConfig
 from kronlab.adapters.kron_lora import KronLoraComponents, KronLoraConfig
 from kronlab.adapters.nearest import LowRank
-from kronlab.adapters.peft_hook import PeftConfig
+from kronlab.adapters.peft_hook import PeftConfig, read_also
+from kronlab.adapters.quantize import PACKED_FILE, QuantisedAdapter
 from kronlab.errors import CheckpointError
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -101,6 +102,27 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} cannot be read as safetensors ({error}); write it again") from error
 
 
+def read_adapter(directory: str | Path) -> dict[str, Tensor]:
+    """The tensors of an adapter folder, PEFT's own or packed (:func:`~.quantize.save_packed`), then in float32.
+
+    Raises:
+        CheckpointError: there is neither, or it cannot be read.
+    """
+    folder = Path(directory)
+    if is_packed(folder):
+        return QuantisedAdapter.load(folder / PACKED_FILE).state_dict()
+    return read_tensors(folder / WEIGHTS_FILE)
+
+
+def is_packed(directory: str | Path) -> bool:
+    """Whether a folder has a packed adapter, and none of PEFT's own form, which would go first."""
+    folder = Path(directory)
+    return (folder / PACKED_FILE).is_file() and not (folder / WEIGHTS_FILE).is_file()
+
+
+read_also(is_packed, read_adapter)
+
+
 def method_of(directory: str | Path) -> str:
     """ "cdka", "kron_lora", "lora" or whatever else ``adapter_config.json`` calls its peft_type, in lower case.
 
@@ -130,14 +152,14 @@ def read_kron(directory: str | Path) -> KronCheckpoint:
     config: Any = PeftConfig.from_pretrained(str(directory))
     factors: dict[str, dict[str, Tensor]] = defaultdict(dict)
     others = {}
-    for key, value in read_tensors(Path(directory) / WEIGHTS_FILE).items():
+    for key, value in read_adapter(directory).items():
         found = FACTOR.match(key)
         if found:
             factors[found["module"].removeprefix(PEFT_ROOT)][found["factor"]] = value
         else:
             others[key] = value
     if not factors:
-        raise CheckpointError(f"{directory}: {WEIGHTS_FILE} holds no factor of a {method} adapter")
+        raise CheckpointError(f"{directory} holds no factor of a {method} adapter")
     layers = {}
     for name, tensors in factors.items():
         try:
@@ -202,7 +224,7 @@ def read_lora(directory: str | Path) -> LoraCheckpoint:
     check_plain(config, str(directory))
     pairs: dict[str, dict[str, Tensor]] = defaultdict(dict)
     others, embeddings = {}, set()
-    for key, value in read_tensors(Path(directory) / WEIGHTS_FILE).items():
+    for key, value in read_adapter(directory).items():
         found = _LORA.match(key)
         if found is None:
             others[key] = value

@@ -12,9 +12,15 @@ import copy
 import enum
 import inspect
 import pickle
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import wraps
+from pathlib import Path
 from typing import Any, NoReturn
 
 import peft
+from safetensors.torch import save_file
+from torch import Tensor
 
 SUPPORTED_PEFT = ">=0.21.2,<0.22"
 
@@ -25,6 +31,8 @@ _REQUIRED: dict[str, tuple[str, ...]] = {
     "utils.register_peft_method": (),
     "utils.save_and_load.get_peft_model_state_dict": (),
     "utils.save_and_load.set_peft_model_state_dict": (),
+    "utils.save_and_load.load_peft_weights": (),
+    "peft_model.load_peft_weights": (),
     "mapping.PEFT_TYPE_TO_CONFIG_MAPPING": (),
     "mapping.PEFT_TYPE_TO_TUNER_MAPPING": (),
     "mapping.PEFT_TYPE_TO_PREFIX_MAPPING": (),
@@ -160,6 +168,7 @@ __all__ = [
     "extend_enum",
     "get_peft_model_state_dict",
     "peft_type",
+    "read_also",
     "register",
     "set_peft_model_state_dict",
 ]
@@ -193,3 +202,31 @@ def register(name: str, config_cls: type, model_cls: type, prefix: str) -> None:
         for mapping in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING):
             mapping.pop(member, None)
     register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls, prefix=prefix)
+
+
+def read_also(knows: Callable[[Path], bool], read: Callable[[Path], Mapping[str, Tensor]]) -> None:
+    """Let PEFT load adapter folders of another form: ``PeftModel.from_pretrained``, ``load_adapter``, ``swap_weights``.
+
+    PEFT reads every adapter by one function, which has no place for another format, and is wrapped for that. For a
+    folder of another form it is given one of PEFT's own with the same tensors; all other folders go to it as they are.
+    Doing it again, also after a module reload, is harmless.
+
+    Args:
+        knows: whether a folder is of that form.
+        read: its tensors, under the names of a PEFT checkpoint.
+    """
+    current = peft.peft_model.load_peft_weights
+    plain = getattr(current, "kronlab_plain", current)
+
+    @wraps(plain)
+    def load_peft_weights(model_id: str, *args: Any, **kwargs: Any) -> Any:
+        folder = Path(model_id, kwargs.get("subfolder") or "")
+        if not knows(folder):
+            return plain(model_id, *args, **kwargs)
+        with tempfile.TemporaryDirectory() as scratch:
+            save_file(dict(read(folder)), Path(scratch) / "adapter_model.safetensors")
+            return plain(scratch, *args, **{key: value for key, value in kwargs.items() if key != "subfolder"})
+
+    load_peft_weights.kronlab_plain = plain  # type: ignore[attr-defined]
+    for module in (peft, peft.peft_model, peft.utils, peft.utils.save_and_load):
+        setattr(module, "load_peft_weights", load_peft_weights)  # noqa: B010  (mypy knows the function there)

@@ -26,7 +26,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kronlab.adapters.checkpoint import WEIGHTS_FILE, read_tensors
 from kronlab.adapters.peft_hook import (
     BaseTunerLayer,
     PeftConfig,
@@ -44,7 +43,6 @@ __all__ = [
     "load_quantised",
     "nf4_levels",
     "quantize_adapter",
-    "read_adapter",
     "save_packed",
 ]
 
@@ -217,23 +215,15 @@ def quantize_adapter(
 
 
 def save_packed(adapter: QuantisedAdapter, config: PeftConfig, directory: str | Path) -> None:
-    """Write a packed adapter with its PEFT config: a folder that ``PeftModel.from_pretrained`` loads, with kronlab."""
+    """Write a packed adapter with its PEFT config: a folder of ``adapter_config.json`` and ``PACKED_FILE``.
+
+    Where kronlab has been imported, PEFT loads it like any other (``PeftModel.from_pretrained``, ``load_adapter``), and
+    so do a bank, ``convert`` and ``compress``; PEFT alone finds no weights there, and says so.
+    """
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(target))
     adapter.save(target / PACKED_FILE)
-
-
-def read_adapter(directory: str | Path) -> dict[str, Tensor]:
-    """The tensors of an adapter folder, PEFT's or packed; packed ones in float32.
-
-    Raises:
-        CheckpointError: there is no such file, or it cannot be read.
-    """
-    folder = Path(directory)
-    if (folder / PACKED_FILE).is_file() and not (folder / WEIGHTS_FILE).is_file():
-        return QuantisedAdapter.load(folder / PACKED_FILE).state_dict()
-    return read_tensors(folder / WEIGHTS_FILE)
 
 
 def load_quantised(model: nn.Module, adapter: QuantisedAdapter, adapter_name: str = "default") -> float | None:

@@ -101,7 +101,7 @@ def check_4bit_merge(name: str, layer: nn.Module) -> None:
 def quantise_(model: nn.Module, bits: int, *, keep: Collection[str] = (), device: torch.device | str = "cpu") -> int:
     """Put bitsandbytes' layers in the place of a model's ``nn.Linear``: 8 bits LLM.int8(), 4 bits NF4.
 
-    8 bits (arXiv 2208.07339): one scale a row; input columns with a value of at least 6 are multiplied in 16 bits.
+    8 bits (arXiv 2208.07339): one scale a row; columns of the input that reach 6 are multiplied in 16 bits.
     4 bits (QLoRA, arXiv 2305.14314): blocks of 64 values, their scales quantised once more; computed in the input's
     dtype. Biases and everything that is no ``nn.Linear`` stay as they are.
 
