@@ -12,6 +12,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 
+from kronlab import processes
 from kronlab.cell import explain
 from kronlab.errors import KronlabError
 
@@ -25,10 +26,12 @@ def start(main: Callable[[], None]) -> None:
     try:
         main()
     except (HydraException, OmegaConfBaseException) as error:
-        print(f"error: {explain(error)}", file=sys.stderr)
+        if processes.is_first():  # all refuse the same
+            print(f"error: {explain(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     if _failed_jobs:
-        print(f"error: {_failed_jobs} of the sweep's jobs failed, see above", file=sys.stderr)
+        if processes.is_first():
+            print(f"error: {_failed_jobs} of the sweep's jobs failed, see above", file=sys.stderr)
         raise SystemExit(2)
 
 
@@ -40,14 +43,16 @@ def run_main(work: Callable[[], T]) -> T | None:
     """
     global _failed_jobs
     try:
-        return work()
+        return processes.led(work)
     except KronlabError as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
-        if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        lost = isinstance(error, processes.ProcessError)
+        if not lost and HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
             _failed_jobs += 1
             return None
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        if processes.is_first():
+            print("stopped; the same command goes on from here", file=sys.stderr)
         raise SystemExit(130) from None
