@@ -91,6 +91,21 @@ def _flag(name: str) -> bool:
     return os.environ.get(name, "false").lower() in ("true", "1")
 
 
+def shard_on_cpus(accelerator: Any) -> None:
+    """Split parameters where `sharded` says so and accelerate has not: it knows FSDP on GPUs alone, and copies on CPUs."""
+    from accelerate import FullyShardedDataParallelPlugin, PartialState
+    from accelerate.utils import DistributedType
+
+    if not sharded() or accelerator.distributed_type != DistributedType.MULTI_CPU:
+        return
+    plugin = FullyShardedDataParallelPlugin()
+    if accelerator.mixed_precision != "no":
+        plugin.set_mixed_precision(accelerator.mixed_precision)
+    accelerator.state.fsdp_plugin = plugin
+    accelerator.state.distributed_type = DistributedType.FSDP
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+
 def led(work: Callable[[], T]) -> T | None:
     """Run `work` in process 0 and return what it returns; the other processes help until it has ended, and get None.
 

@@ -161,6 +161,11 @@ class KronTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         return self._sampler
 
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        processes.shard_on_cpus(self.accelerator)
+        self.is_fsdp_enabled = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
+
     def get_train_dataloader(self) -> DataLoader[Any]:
         if self.args.world_size == 1:
             return super().get_train_dataloader()
