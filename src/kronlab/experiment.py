@@ -278,8 +278,7 @@ def _train(cell: Cell, store: Store, network: nn.Module, tokenizer: Any) -> tupl
     Returns:
         the record's section, and the trained network: `network`, or another one where training has split it.
     """
-    config, method = cell.config, cell.config["method"]
-    folder = store.checkpoints(cell.train_id)
+    method, folder = cell.config["method"], store.checkpoints(cell.train_id)
     final = store.final(cell.train_id)
     if (final / models.TRAINING).is_file():
         log.info("taking the weights trained before (%s)", final)

@@ -1,4 +1,4 @@
-"""One command in several processes (`accelerate launch`, torchrun): process 0 does everything, the others train with it.
+"""One command in several processes (`accelerate launch`, torchrun): process 0 does all, the others train with it.
 
 Records, leases, tables, grading and every other file are the business of process 0, which runs the same code as if it
 were alone (`led`). The others wait for it. Where it comes to a training it calls them (`together`), all train, and they
@@ -92,7 +92,7 @@ def _flag(name: str) -> bool:
 
 
 def shard_on_cpus(accelerator: Any) -> None:
-    """Split parameters where `sharded` says so and accelerate has not: it knows FSDP on GPUs alone, and copies on CPUs."""
+    """Split parameters where `sharded` says so: accelerate does it on GPUs, and on CPUs would go on with copies."""
     from accelerate import FullyShardedDataParallelPlugin, PartialState
     from accelerate.utils import DistributedType
 
@@ -264,8 +264,8 @@ def _serve(group: _Group) -> None:
             _in_step(group, pickle.loads(call))
         except ProcessError as error:
             _leave(group, error)
-        except Exception:  # noqa: S110 - process 0 has raised the same
-            pass
+        except Exception:
+            pass  # process 0 has raised the same
 
 
 def _in_step(group: _Group, work: Callable[[], T]) -> T:
@@ -305,7 +305,7 @@ def _in_step(group: _Group, work: Callable[[], T]) -> T:
 
 
 def _leave(group: _Group, error: ProcessError) -> None:
-    """End a process that is not process 0, and make the others' collectives fail; the message is process 0's to tell."""
+    """End a process that is not process 0, and make the others' collectives fail; process 0 tells the message."""
     gc.collect()
     dist.destroy_process_group()
     try:
