@@ -165,7 +165,7 @@ def ddp(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> Runs:
     jobs = [runs.job(overrides, name) for name, overrides in DDP_CASES.items()]
     jobs += [runs.job(DROPOUT, "killed", cut=CUT), runs.job(DDP_CASES["cdka"], "one_then_two")]
     jobs += [
-        runs.job([*DDP_CASES["cdka"], "trainer.batch_size=5"], "indivisible"),
+        runs.job(INDIVISIBLE, "indivisible"),
         runs.job(["method=none"], "untrained"),
     ]
     done = launch(jobs, runs.root)

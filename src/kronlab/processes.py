@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import datetime
 import gc
+import logging
 import os
 import pickle
 import sys
@@ -118,6 +119,7 @@ def led(work: Callable[[], T]) -> T | None:
         return work()
     group = _joined()
     if not is_first():
+        logging.getLogger("kronlab").setLevel(logging.ERROR)  # process 0 tells it
         _serve(group)
         return None
     group.leading = True

@@ -19,6 +19,7 @@ from kronlab.errors import ConfigError, KronlabError
 from kronlab.estimate import describe
 from kronlab.experiment import run_cell
 from kronlab.layout import Find, Part, PlannedRow, Unavailable, Unrecorded, layout_of, plan
+from kronlab.processes import ProcessError
 from kronlab.report import sequential
 from kronlab.report.tables import RowResult, Table, build
 from kronlab.runs import Store
@@ -183,6 +184,8 @@ def _run(parts: Sequence[Part], *, after: int = 0, total: int) -> list[str]:
         log.info("[%d/%d]%s", number, total, trial)
         try:
             run_cell(part.cell)
+        except ProcessError:
+            raise
         except Exception as error:  # whatever it is, run_cell has kept it in the record, and the other cells can go on
             reason = " ".join(str(error).split()) or type(error).__name__
             failed.append(f"{part.cell.name}{trial}: {reason}")

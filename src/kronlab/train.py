@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -130,7 +130,7 @@ class Deal(Sampler[list[int]]):
         )
 
 
-class _Rows:
+class _Rows(Dataset[tuple[Encoded, bool]]):
     """A data set of (row, whether its loss counts); see `Deal` for the numbers."""
 
     def __init__(self, rows: Any) -> None:
@@ -171,7 +171,7 @@ class KronTrainer(Trainer):
             return super().get_train_dataloader()
         size = self.args.per_device_train_batch_size
         deal = Deal(self._sampler, micro_batch_size=size, hands=self.args.world_size)
-        loader = DataLoader(
+        loader: DataLoader[Any] = DataLoader(
             _Rows(self.train_dataset),
             batch_sampler=deal,
             collate_fn=self._collate_dealt,
