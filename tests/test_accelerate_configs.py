@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
-from accelerate.utils import DistributedType
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils import DeepSpeedPlugin, DistributedType
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs" / "accelerate"
 EXPECTED: dict[str, tuple[DistributedType, dict[str, Any]]] = {
@@ -41,3 +42,16 @@ def test_a_key_that_accelerate_does_not_know_is_refused(tmp_path: Path) -> None:
     path.write_text((FOLDER / "ddp.yaml").read_text() + "no_such_key: 1\n")
     with pytest.raises(ValueError, match="no_such_key"):
         load_config_from_file(str(path))
+
+
+def test_launch_knows_every_key_of_deepspeed_and_makes_zero_3_of_them() -> None:
+    """As far as can be told without DeepSpeed itself."""
+    config = load_config_from_file(str(FOLDER / "deepspeed_zero3.yaml"))
+    assert isinstance(config, ClusterConfig)
+    settings = dict(config.deepspeed_config)
+    assert set(settings) <= {action.dest for action in launch_command_parser()._actions}
+    made = DeepSpeedPlugin(**settings).deepspeed_config
+    assert made["zero_optimization"]["stage"] == 3
+    assert made["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True
+    for size in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        assert made[size] == "auto"  # the trainer's

@@ -247,14 +247,6 @@ def test_weights_that_blow_up_in_the_last_step_are_a_divergence_too(short: Calla
     assert Store(cell.config["results"]["dir"]).read(cell.scale, cell.id) == record
 
 
-def test_several_processes_are_refused_before_they_write(short: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    cell = short("method=lora")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="started with 2 processes"):
-        run_cell(cell)
-    assert not Path(cell.config["results"]["dir"], "runs").exists()
-
-
 def test_classification_model_is_one_clear_error(short: Callable[..., Cell]) -> None:
     cell = short("model=tiny_deberta", "method=lora")
     with pytest.raises(ConfigError, match=r"tiny_deberta is a sequence_classification model.*choose") as caught:

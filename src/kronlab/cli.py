@@ -14,7 +14,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 
-from kronlab import interrupt, runs
+from kronlab import interrupt, processes, runs
 from kronlab.cell import explain
 from kronlab.errors import KronlabError
 from kronlab.runs import refused_by_disk
@@ -33,9 +33,10 @@ def start(main: Callable[[], None], *, finish: Callable[[], int] = lambda: 0) ->
     try:
         with interrupt.listening():
             main()
-            status = finish()
+            status = processes.led(finish) or 0
     except (HydraException, OmegaConfBaseException) as error:
-        print(f"error: {explain(error)}", file=sys.stderr)
+        if processes.is_first():  # all refuse the same
+            print(f"error: {explain(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     except KronlabError as error:  # of a launcher or a sweeper
         for line in str(error).splitlines():
@@ -51,7 +52,7 @@ def start(main: Callable[[], None], *, finish: Callable[[], int] = lambda: 0) ->
             raise
         print(f"error: {refused}", file=sys.stderr)
         raise SystemExit(2) from None
-    if _failed_jobs:
+    if _failed_jobs and processes.is_first():
         print(f"error: {_failed_jobs} of the sweep's jobs failed, see above", file=sys.stderr)
     if status or _failed_jobs:
         raise SystemExit(status or 2)
@@ -69,14 +70,14 @@ def run_main(work: Callable[[], T]) -> T | None:
     in_sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
     try:
         with interrupt.listening():
-            return work()
+            return processes.led(work)
     except (KronlabError, OSError) as error:
         told = error if isinstance(error, KronlabError) else refused_by_disk(error)
         if told is None:
             raise
         for line in str(told).splitlines():
             print(f"error: {line}", file=sys.stderr)
-        if in_sweep:
+        if in_sweep and not isinstance(error, processes.ProcessError):  # then nothing more can be run
             _failed_jobs += 1
             return None
         raise SystemExit(2) from None
@@ -90,5 +91,6 @@ def _leave(stop: KeyboardInterrupt) -> NoReturn:
     said, status = "stopped; the same command goes on from here", 130
     if isinstance(stop, interrupt.Interrupted):
         said, status = str(stop), stop.status
-    print(said, file=sys.stderr)
+    if processes.is_first():
+        print(said, file=sys.stderr)
     raise SystemExit(status) from None

@@ -141,7 +141,10 @@ class SupervisedHead:
         self._rows: tuple[Tensor, torch.autocast] | None = None  # (N, H) for the output layer, and its precision
         if rows_at_once is not None:
             check_logits_are_final(network)
-        network.get_output_embeddings().register_forward_pre_hook(self._select)  # type: ignore[operator]
+        # of the network itself: what `losses` is given may be wrapped for several processes
+        self._config: Any = network.config
+        self._output: nn.Module = network.get_output_embeddings()  # type: ignore[operator]
+        self._output.register_forward_pre_hook(self._select)
 
     def _select(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if self._keep is None:
@@ -185,7 +188,7 @@ class SupervisedHead:
             targets = labels[:, 1:][labels[:, 1:] != IGNORED]
         else:
             targets = labels[keep]
-            inputs["decoder_input_ids"] = self._shifted_right(network, labels)
+            inputs["decoder_input_ids"] = self._shifted_right(labels)
         with self.only(keep):
             logits = network(**inputs).logits[0]  # (N, V)
         if self._rows is None:
@@ -194,12 +197,11 @@ class SupervisedHead:
             assert self.rows_at_once is not None
             (rows, precision), self._rows = self._rows, None
             with precision:
-                nll = nll_in_chunks(network.get_output_embeddings(), rows, targets, self.rows_at_once)  # type: ignore[operator]
+                nll = nll_in_chunks(self._output, rows, targets, self.rows_at_once)
         return nll, keep.nonzero()[:, 0]
 
-    @staticmethod
-    def _shifted_right(network: nn.Module, labels: Tensor) -> Tensor:
+    def _shifted_right(self, labels: Tensor) -> Tensor:
         """What the decoder reads: start token, then the labels without the last; ignored positions become padding."""
-        config: Any = network.config
+        config = self._config
         read = labels.masked_fill(labels == IGNORED, config.pad_token_id)
         return torch.cat([torch.full_like(read[:, :1], config.decoder_start_token_id), read[:, :-1]], dim=1)

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kronlab import interrupt, lease, methods, models, moved_base, runs, wandb_logger
+from kronlab import interrupt, lease, methods, models, moved_base, processes, runs, wandb_logger
 from kronlab.adapters import QuantisedAdapter, load_quantised, quantize_adapter
 from kronlab.adapters.init import gradient_init_, layer_gradients
 from kronlab.cell import RECORD_SCHEMA, Cell
@@ -60,11 +60,8 @@ def run_cell(cell: Cell, *, wait: bool | None = None, weights: bool = False) -> 
         KronlabError: with a record of status "failed" left behind, so that the failure is not lost.
     """
     config = cell.config
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes > 1:  # train() would share the batch, but each process would grade and write the same files
-        raise ConfigError(
-            f"started with {processes} processes; cells run in one so far: start scripts/train.py by itself"
-        )
+    processes.check_led()
+    _check_sharing(config)
     store = Store(config["results"]["dir"])
     done = None if config["force"] else _done(cell, store, weights=weights)
     if done is not None:
@@ -206,7 +203,7 @@ def _train_and_grade(cell: Cell, store: Store, *, wait: bool, on_step: OnStep) -
             "train": None,
         }
         if methods.trains(config["method"]):
-            fields["train"] = _train(cell, store, network, tokenizer, on_step=on_step)
+            fields["train"], network = _train(cell, store, network, tokenizer, on_step=on_step)
             _keep_losses(cell, store, fields["train"]["steps"])
         if config["adapter_storage"]:
             fields["storage"] = _through_storage(network, config["adapter_storage"], store.checkpoints(cell.train_id))
@@ -365,40 +362,93 @@ def _train_stages_before(cell: Cell, store: Store, *, wait: bool) -> None:
 
 def _train(
     cell: Cell, store: Store, network: nn.Module, tokenizer: Any, *, on_step: OnStep | None = None
-) -> dict[str, Any]:
-    """Train, or load the weights that an earlier run of the same `train_id` has left; return the record's section."""
-    config, method = cell.config, cell.config["method"]
-    folder = store.checkpoints(cell.train_id)
+) -> tuple[dict[str, Any], nn.Module]:
+    """Train, or load the weights that an earlier run of the same `train_id` has left.
+
+    Returns:
+        the record's section, and the trained network: `network`, or another one where training has split it.
+    """
+    method, folder = cell.config["method"], store.checkpoints(cell.train_id)
     final = store.final(cell.train_id)
     if (final / models.TRAINING).is_file():
         log.info("taking the weights trained before (%s)", final)
         _load_weights(network, final, moved=moved_base.moves_base(method))
-        section = dict(json.loads((final / models.TRAINING).read_text()))
-    else:
-        task = config["task"]
-        examples = _examples(config, task, length_fn=lambda text: len(tokenizer(text)["input_ids"]))
-        read, objective = _road(config, network, tokenizer)
-        rows = [read(example) for example in examples]
-        start = None
-        with runs.PeakMemory(beside=models.kept_bytes()) as memory:
-            first = [collate([row], pad_id=tokenizer.pad_token_id) for row in rows[: method.get("init_batches", 0)]]
-            if cell.before is not None:
-                start = _load_weights(network, store.final(cell.before.train_id), moved=moved_base.moves_base(method))
-            elif method.get("init") == "gradient":
-                _start_from_gradient(network, first, objective)
-            elif moved_base.moves_base(method):
-                start = _move_base(network, folder, method, first, objective)
-            report = train(
-                network, rows, config["trainer"], directory=folder, seed=config["seed"], pad_id=tokenizer.pad_token_id,
-                objective=objective, runtime=config["runtime"] | {"device": _device(config["runtime"])},
-                hooks=methods.hooks(network, method),
-                on_step=on_step, run_name=f"{cell.name} [{cell.id}]",
-            )  # fmt: skip
-        section = _train_section(report, memory.bytes, fingerprint(examples), len(examples))
+        return dict(json.loads((final / models.TRAINING).read_text())), network
+    examples, rows, objective = _lessons(cell, network, tokenizer)
+    start = None
+    with runs.PeakMemory(beside=models.kept_bytes()) as memory:
+        first = [collate([row], pad_id=tokenizer.pad_token_id) for row in rows[: method.get("init_batches", 0)]]
         if cell.before is not None:
-            section["stages_before"] = _stages_before(cell.before, store)
-        _save_weights(network, tokenizer, final, section, start)
-    return section
+            start = _load_weights(network, store.final(cell.before.train_id), moved=moved_base.moves_base(method))
+        elif method.get("init") == "gradient":
+            _start_from_gradient(network, first, objective)
+        elif moved_base.moves_base(method):
+            start = _move_base(network, folder, method, first, objective)
+        fit = partial(_fit, cell, store, network, tokenizer, rows, objective, on_step=on_step)
+        report, weights = processes.together(fit, partial(_take_part, cell))
+    section = _train_section(report, memory.bytes, fingerprint(examples), len(examples))
+    if cell.before is not None:
+        section["stages_before"] = _stages_before(cell.before, store)
+    if weights is not None:
+        network = _put_together(cell, weights, start)
+    _save_weights(network, tokenizer, final, section, start)
+    return section, network
+
+
+def _lessons(cell: Cell, network: nn.Module, tokenizer: Any) -> tuple[list[Example], list[Encoded], Objective]:
+    """What a cell is trained on: its examples, their rows, and the loss."""
+    examples = _examples(cell.config, cell.config["task"], length_fn=lambda text: len(tokenizer(text)["input_ids"]))
+    read, objective = _road(cell.config, network, tokenizer)
+    return examples, [read(example) for example in examples], objective
+
+
+def _fit(
+    cell: Cell, store: Store, network: nn.Module, tokenizer: Any, rows: Sequence[Encoded], objective: Objective, *,
+    on_step: OnStep | None = None,
+) -> tuple[TrainReport, dict[str, Tensor] | None]:  # fmt: skip
+    """Train the network from where it stands; of several processes, each does it.
+
+    Returns:
+        the report, and the trained parameters if the processes have split them.
+    """
+    config = cell.config
+    report = train(
+        network, rows, config["trainer"], directory=store.checkpoints(cell.train_id), seed=config["seed"],
+        pad_id=tokenizer.pad_token_id, objective=objective,
+        runtime=config["runtime"] | {"device": _device(config["runtime"])},
+        hooks=methods.hooks(network, config["method"]), on_step=on_step, run_name=f"{cell.name} [{cell.id}]",
+    )  # fmt: skip
+    return report, processes.whole_trained(network) if processes.sharded() else None
+
+
+def _take_part(cell: Cell) -> None:
+    """What the other processes do while process 0 trains a cell; they take the weights that it starts from."""
+    with interrupt.guarded():  # a signal to all processes must not end this one before they have agreed to stop
+        _prepare_process(cell.config["runtime"])
+        network, tokenizer = _network(cell, base_model(cell))
+        _, rows, objective = _lessons(cell, network, tokenizer)
+        _fit(cell, Store(cell.config["results"]["dir"]), network, tokenizer, rows, objective)
+
+
+def _put_together(cell: Cell, weights: dict[str, Tensor], start: dict[str, Tensor] | None) -> nn.Module:
+    """The trained network in one process, from parameters that several had split."""
+    network, _ = _network(cell, base_model(cell))
+    if start is not None:
+        moved_base.move(network, start)
+    unknown = network.load_state_dict(weights, strict=False).unexpected_keys
+    assert not unknown, unknown
+    return network
+
+
+def _check_sharing(config: dict[str, Any]) -> None:
+    """Raise ConfigError for what cannot be trained where the processes split the parameters."""
+    if not processes.sharded() or not methods.trains(config["method"]):
+        return
+    if config["method"]["name"] == "adalora":
+        raise ConfigError("method=adalora ranks whole factors, which FSDP splits; use configs/accelerate/ddp.yaml")
+    for key, off in (("loss_rows", None), ("compile", False)):
+        if config["trainer"][key] != off:
+            raise ConfigError(f"trainer.{key}={config['trainer'][key]} does not go with FSDP; leave it {off}")
 
 
 def _stages_before(last: Cell, store: Store) -> list[dict[str, Any]]:

@@ -79,6 +79,12 @@ def pending() -> bool:
     return _pending is not None
 
 
+def ask(signum: int) -> None:
+    """Note a signal that another process of the same work has had, unless this one has had its own."""
+    global _pending
+    _pending = signum if _pending is None else _pending
+
+
 def check() -> None:
     """Stop here if a signal was noted.
 

@@ -19,6 +19,7 @@ from kronlab.errors import Busy, ConfigError, KronlabError
 from kronlab.estimate import describe
 from kronlab.experiment import run_cell
 from kronlab.layout import Find, Part, PlannedRow, Unavailable, Unrecorded, layout_of, plan
+from kronlab.processes import ProcessError
 from kronlab.progress import cells
 from kronlab.report import sequential
 from kronlab.report.tables import RowResult, Table, build
@@ -214,6 +215,8 @@ def _run(parts: Sequence[Part], *, after: int = 0, total: int) -> list[str]:
             shown.update(0, note=part.cell.name)
             try:
                 run_cell(part.cell, wait=wait)
+            except ProcessError:
+                raise
             except Exception as error:  # run_cell has kept it in the record, and the other cells can go on
                 if isinstance(error, Busy) and wait is False:
                     raise

@@ -30,6 +30,7 @@ import psutil
 import torch
 
 import kronlab
+from kronlab import processes
 from kronlab.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -368,6 +369,7 @@ def machine() -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "processes": processes.count(),
         "memory_bytes": psutil.virtual_memory().total,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "system": f"{platform.system()} {platform.machine()}",

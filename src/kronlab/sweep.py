@@ -31,6 +31,7 @@ from kronlab import publish, runs
 from kronlab.cell import Cell, make_cell
 from kronlab.errors import Busy, KronlabError
 from kronlab.experiment import run_cell
+from kronlab.processes import ProcessError
 from kronlab.runs import Store, write_json
 
 log = logging.getLogger(__name__)
@@ -112,6 +113,8 @@ def run_job(config: DictConfig) -> dict[str, Any] | None:
         log.info("put off: %s", busy)
         _leader.put_off.append((number, cell))
         _note(number, cell, _PUT_OFF, str(busy))
+    except ProcessError:
+        raise
     except Exception as error:  # of making the cell
         _tell(error)
         _note(number, cell, runs.FAILED, one_line(error), name=" ".join(HydraConfig.get().overrides.task))
@@ -138,8 +141,10 @@ def _attempt(number: int, cell: Cell, *, wait: bool | None) -> dict[str, Any] | 
     except Exception as error:
         if isinstance(error, Busy) and wait is False:
             raise
-        _tell(error)
         _note(number, cell, runs.FAILED, one_line(error))
+        if isinstance(error, ProcessError):  # nothing more can be run
+            raise
+        _tell(error)
         return None
     _note(number, cell, str(record["status"]), record.get("error"))
     return record

@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,11 +24,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from kronlab import interrupt
+from kronlab import interrupt, processes
 from kronlab.encode import IGNORED, Encoded, Objective, collate
 from kronlab.errors import CheckpointError, ConfigError, KronlabError
 from kronlab.hooks import Hooks
@@ -38,6 +39,7 @@ log = logging.getLogger(__name__)
 
 COMPILE_BACKEND = "inductor"
 METHOD_STATE = "method.pt"  # of a method that has a state of its own
+BLANK = "blank"  # marks a micro-batch whose loss does not count
 COMPLETE = "COMPLETE"  # written last into a checkpoint: without it, the checkpoint is a fragment
 
 OnStep = Callable[[Mapping[str, Any]], None]  # is told the line of every step
@@ -105,6 +107,45 @@ class EpochSampler(Sampler[int]):
         return [i for batch in shuffled + tail for i in batch]
 
 
+class Deal(Sampler[list[int]]):
+    """The micro-batches of every step in turn, for accelerate to deal out, one to each process, round after round.
+
+    They are those that one process would go through. Where a short step has too few for the last round, blank ones
+    fill it up, for every process must take part in every step: `~i` stands for example i, whose loss does not count.
+    """
+
+    def __init__(self, sampler: EpochSampler, *, micro_batch_size: int, hands: int) -> None:
+        self.sampler, self.micro, self.hands = sampler, micro_batch_size, hands
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = list(self.sampler)
+        for at in range(0, len(order), self.sampler.batch_size):
+            step = order[at : at + self.sampler.batch_size]
+            yield from (step[i : i + self.micro] for i in range(0, len(step), self.micro))
+            for _ in range(-math.ceil(len(step) / self.micro) % self.hands):
+                yield [~step[0]]
+
+    def __len__(self) -> int:
+        full, rest = divmod(len(self.sampler), self.sampler.batch_size)
+        return sum(
+            math.ceil(math.ceil(size / self.micro) / self.hands) * self.hands * times
+            for size, times in ((self.sampler.batch_size, full), (rest, 1))
+        )
+
+
+class _Rows(Dataset[tuple[Encoded, bool]]):
+    """A data set of (row, whether its loss counts); see `Deal` for the numbers."""
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> tuple[Encoded, bool]:
+        return (self.rows[number], True) if number >= 0 else (self.rows[~number], False)
+
+
 class KronTrainer(Trainer):
     """`transformers.Trainer` with our loss, sampler and checkpoint marker, and what the method adds (`hooks`)."""
 
@@ -124,6 +165,35 @@ class KronTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         return self._sampler
 
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        processes.shard_on_cpus(self.accelerator)
+        self.is_fsdp_enabled = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        if self.args.world_size == 1:
+            return super().get_train_dataloader()
+        size = self.args.per_device_train_batch_size
+        deal = Deal(self._sampler, micro_batch_size=size, hands=self.args.world_size)
+        loader: DataLoader[Any] = DataLoader(
+            _Rows(self.train_dataset),
+            batch_sampler=deal,
+            collate_fn=self._collate_dealt,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)  # type: ignore[no-any-return]
+
+    def _collate_dealt(self, dealt: list[tuple[Encoded, bool]]) -> dict[str, Tensor]:
+        batch = self.data_collator([row for row, _ in dealt])
+        return batch if dealt[0][1] else batch | {BLANK: torch.ones(1)}
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Any:
+        counted = [
+            batch | {"labels": torch.full_like(batch["labels"], IGNORED)} if BLANK in batch else batch
+            for batch in batch_samples
+        ]
+        return super()._get_num_items_in_batch(counted, device)
+
     def create_optimizer(self, model: Any = None) -> Any:
         """The method's own optimizer, if it has one; else the one of the recipe."""
         if self.optimizer is None:
@@ -140,7 +210,10 @@ class KronTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """Mean loss over the supervised items (tokens) of the whole optimizer step: every item weighs the same."""
+        blank = inputs.pop(BLANK, None) is not None
         losses = self._objective.losses(model, inputs)
+        if blank:
+            losses = losses * 0
         count = num_items_in_batch if num_items_in_batch is not None else losses.numel()
         loss = losses.sum() / max(count, 1)  # 0: every completion of the step was cut off by max_length
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
@@ -157,6 +230,9 @@ class KronTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
+        processes.barrier()  # each writes the state of its random numbers
+        if not processes.is_first():
+            return
         checkpoint = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         state = self._hooks.state()
         if state is not None:
@@ -205,10 +281,11 @@ class Journal(TrainerCallback):
         self._tokens: list[tuple[int, int, int]] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        kept = [line for line in read_jsonl(self.path) if line["step"] <= state.global_step]
-        write_jsonl(self.path, kept)  # steps after the checkpoint are done again
-        for line in kept:
-            self._tell(line)
+        if processes.is_first():
+            kept = [line for line in read_jsonl(self.path) if line["step"] <= state.global_step]
+            write_jsonl(self.path, kept)  # steps after the checkpoint are done again
+            for line in kept:
+                self._tell(line)
         if self.progress and state.is_world_process_zero:
             self.bar = bar(total=state.max_steps, done=state.global_step, what="train", unit="step")
 
@@ -221,7 +298,7 @@ class Journal(TrainerCallback):
         examples, tokens, supervised = self._batch(state.global_step - 1)
         line = {
             "step": state.global_step,
-            "loss": self.trainer.step_loss,
+            "loss": processes.mean(self.trainer.step_loss),  # each has its share of the batch, times their number
             "lr": self.trainer.optimizer.param_groups[0]["lr"],
             "seconds": round(seconds, 4),
             "examples": examples,
@@ -268,7 +345,8 @@ class Halt(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         interrupt.at(f"train {state.global_step}/{state.max_steps}")
-        if interrupt.pending():
+        if processes.any_of(interrupt.pending()):  # all stop at the same step
+            interrupt.ask(signal.SIGTERM)
             control.should_save = control.should_training_stop = True
 
 
@@ -282,13 +360,14 @@ class Trail(TrainerCallback):
         self.directory, self.network = directory, network
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step in trail_steps(state.max_steps):
+        if state.global_step not in trail_steps(state.max_steps):
+            return
+        weights = processes.whole_trained(self.network)
+        if processes.is_first():
             path = trail_file(self.directory, state.global_step)
             path.parent.mkdir(exist_ok=True)
             scratch = path.with_suffix(".part")
-            save_file(
-                {n: p.detach().contiguous() for n, p in self.network.named_parameters() if p.requires_grad}, scratch
-            )
+            save_file(weights, scratch)
             scratch.replace(path)
 
 
@@ -366,8 +445,11 @@ def train(
     trainer.add_callback(Halt())
     if runtime["trail"]:
         trainer.add_callback(Trail(directory, network))
-    checkpoint = _newest_with_losses(directory)
+    checkpoint = processes.agree(partial(_newest_with_losses, directory))
+    if checkpoint is not None:
+        _check_layout(checkpoint)
     blocks = compile_blocks(network) if recipe["compile"] else []
+    processes.own_random_numbers(seed)
     try:
         if checkpoint is None:
             trainer.train()
@@ -390,7 +472,7 @@ def train(
             block._compiled_call_impl = None  # grading has other shapes, and no gradients
         if journal.bar is not None:
             journal.bar.close()
-    return summarise(directory, truncated=sum(row.truncated for row in rows))
+    return processes.agree(lambda: summarise(directory, truncated=sum(row.truncated for row in rows)))
 
 
 def training_arguments(
@@ -405,11 +487,13 @@ def training_arguments(
     Raises:
         ConfigError: a recipe that cannot be run.
     """
-    batch, micro = recipe["batch_size"], min(recipe["micro_batch_size"], recipe["batch_size"])
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if batch % (micro * processes):
+    batch, hands = recipe["batch_size"], processes.count()
+    if batch % hands:
+        raise ConfigError(f"trainer.batch_size={batch} cannot be shared by {hands} processes; use one of its divisors")
+    micro = min(recipe["micro_batch_size"], batch // hands)
+    if batch % (micro * hands):
         raise ConfigError(
-            f"trainer.batch_size={batch} is not a multiple of trainer.micro_batch_size={micro} x {processes} processes"
+            f"trainer.batch_size={batch} is not a multiple of trainer.micro_batch_size={micro} x {hands} processes"
         )
     rows = recipe["loss_rows"]
     if rows is not None and (isinstance(rows, bool) or not isinstance(rows, int) or rows < 1):
@@ -418,6 +502,8 @@ def training_arguments(
         raise ConfigError(f"trainer.compile={recipe['compile']!r}; use true or false")
     if recipe["precision"] not in ("bf16", "fp32"):
         raise ConfigError(f"trainer.precision={recipe['precision']!r}; use bf16 or fp32")
+    # of `accelerate launch`: the recipe decides, or the same cell would be another one under another launcher
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
     return TrainingArguments(
         output_dir=str(directory),
         run_name=run_name,
@@ -435,7 +521,7 @@ def training_arguments(
         num_train_epochs=recipe["epochs"],
         max_steps=recipe["max_steps"],
         per_device_train_batch_size=micro,
-        gradient_accumulation_steps=batch // (micro * processes),
+        gradient_accumulation_steps=batch // (micro * hands),
         activation_checkpointing=recipe["gradient_checkpointing"],
         bf16=recipe["precision"] == "bf16",
         use_cpu=runtime["device"] == "cpu",
@@ -542,6 +628,16 @@ def damage(folder: Path) -> str | None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _check_layout(checkpoint: Path) -> None:
+    """Raise CheckpointError where parameters were split between processes then and are not now, or the reverse."""
+    then = (checkpoint / "pytorch_model_fsdp.bin").is_file()
+    if then is not processes.sharded():
+        raise CheckpointError(
+            f"checkpoint {checkpoint} was made {'under' if then else 'without'} FSDP; "
+            f"go on {'under' if then else 'without'} it, or start the cell again with force=true"
+        )
 
 
 def _is_last(checkpoint: Path) -> bool:
