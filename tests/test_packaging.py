@@ -22,7 +22,9 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-DIRECT = [Requirement(r) for r in [*PROJECT["dependencies"], *chain(*PROJECT["optional-dependencies"].values())]]
+NOT_LOCKED = ("ray",)  # extras; Ray alone would be a quarter of a gigabyte for everybody
+EXTRAS = [wanted for extra, wanted in PROJECT["optional-dependencies"].items() if extra not in NOT_LOCKED]
+DIRECT = [Requirement(r) for r in [*PROJECT["dependencies"], *chain(*EXTRAS)]]
 SETUP_INPUTS = ("requirements.lock", "requirements-data.lock", "pyproject.toml")
 # A make of our own, free of the settings of the `make test` that may have started us.
 ENV = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), "LC_ALL": "C"}

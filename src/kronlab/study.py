@@ -18,7 +18,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
-from kronlab import lease, runs
+from kronlab import lease, runs, sweep
 from kronlab.cell import digest
 from kronlab.errors import ConfigError
 from kronlab.launch import needed
@@ -77,6 +77,8 @@ def run_study(
             for trial, done in zip(trials, launch(batch, number), strict=True):
                 _tell(optuna, study, trial, done.return_value, settings)
             number, finished = number + len(trials), finished + len(trials)
+        if number == 0:
+            sweep.called_off()
         print(table(study, settings))
         return study
 

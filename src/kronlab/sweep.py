@@ -177,6 +177,13 @@ def _note(number: int, cell: Cell | None, state: str, reason: str | None, *, nam
         print(f"error: {folder}: cannot be written ({error.strerror}); the summary lacks this job", file=sys.stderr)
 
 
+def called_off() -> None:
+    """The sweep has no job to run after all, and no summary."""
+    global _leader
+    _leader = None
+    os.environ.pop(VARIABLE, None)
+
+
 def lost(number: int, name: str, reason: str) -> None:
     """Note that a job has ended without telling how: its process was killed, say.
 
