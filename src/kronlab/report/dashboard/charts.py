@@ -397,14 +397,20 @@ def _counted(points: Sequence[Point]) -> str:
     return f"{low} to {high} seeds" if low < high else f"{low} seed{'s' if low > 1 else ''}"
 
 
-def lying(series: Sequence[Series], points: Sequence[Point], x_title: str, at: float | None, *, hollow: str) -> Spec:
-    """Rows one below the other with lying intervals and a line at `at`; `hollow` says which markers are not filled."""
+def lying(
+    series: Sequence[Series], points: Sequence[Point], x_title: list[str], at: float | None, *, hollow: str
+) -> Spec:
+    """Rows one below the other with lying intervals and a line at `at`; `hollow` says which markers are not filled.
+
+    Args:
+        x_title: its lines, of which the first one says what is drawn.
+    """
     names = list(dict.fromkeys(point.label for point in points))
     y = {"field": "label", "type": "nominal", "sort": names, "title": None,
          "axis": {"labelLimit": 150, "ticks": False, "domain": False, "grid": False}}  # fmt: skip
-    x = quantity("value", x_title.split("; "), scale={"zero": False}, axis={"tickCount": 6})
+    x = quantity("value", x_title, scale={"zero": False}, axis={"tickCount": 6})
     label = [{"calculate": "datum.label || datum.name", "as": "label"}]
-    told = tooltip(x_title.partition("; ")[0])
+    told = tooltip(x_title[0])
     layers: list[Spec] = [
         {"transform": [*label, {"filter": "isValid(datum.low)"}], "mark": {"type": "rule", "strokeWidth": 1.6},
          "encoding": {"y": y, "x": {**x, "field": "low"}, "x2": {"field": "high"}, "opacity": DIM}},
@@ -415,7 +421,7 @@ def lying(series: Sequence[Series], points: Sequence[Point], x_title: str, at: f
                       "fill": {"condition": {"test": hollow, "value": "$surface"}, "field": "series",
                                "type": "nominal", "legend": None}}},
     ]  # fmt: skip
-    spec = base(series, 0, layers, x_title)
+    spec = base(series, 0, layers, " ".join(x_title))
     scale = spec["layer"][0]["encoding"]["color"]["scale"]
     last = spec["layer"][1]["encoding"]
     last.pop("color")
@@ -433,7 +439,8 @@ def _forest(name: str, source: Source, entry: Mapping[str, Any], points: Sequenc
     labels = list(dict.fromkeys(row.label for row in source.pick([source.spec["baseline"]])))
     baseline = labels[0] if len(labels) == 1 else f"{source.spec['baseline']} of the same group"
     title = metric_title(source, entry).rpartition(" (")[0]
-    x_title = f"difference to {baseline} ({unit.name.replace('%', 'points')}); {_side(unit.less_is_better)} is better"
+    shown_in = unit.name.replace("%", "points")
+    x_title = [f"difference to {baseline}", f"({shown_in}); {_side(unit.less_is_better)} is better"]
     panels = {
         group: lying(series, [p for p in points if p.panel == group], x_title, 0.0,
                       hollow="!(datum.low > 0 || datum.high < 0)")
@@ -442,7 +449,15 @@ def _forest(name: str, source: Source, entry: Mapping[str, Any], points: Sequenc
     caption = _caption(source, points, entry.get("rows"), "filled: the interval excludes 0")
     marks = [Mark(point, point.key, "mean") for point in points]
     return Chart(
-        name, "forest", f"{title}: paired difference to {baseline}", "", x_title, caption, marks, series, panels
+        name,
+        "forest",
+        f"{title}: paired difference to {baseline}",
+        "",
+        " ".join(x_title),
+        caption,
+        marks,
+        series,
+        panels,
     )
 
 
@@ -453,14 +468,14 @@ def _side(less_is_better: bool) -> str:
 def _kept(name: str, source: Source, entry: Mapping[str, Any], points: Sequence[Point]) -> Chart:
     """As `kronlab.report.figures.kept`: the first task alone (hollow) and after the second (filled), a panel a pair."""
     means = [point for point in points if point.is_mean]
-    series, x_title = _of_rows(source, means), "metric of the first task (%)"
+    series, x_title = _of_rows(source, means), ["metric of the first task (%)"]
     panels = {
         pair: lying(series, [p for p in means if p.panel == pair], x_title, None, hollow="datum.x === 0")
         for pair in dict.fromkeys(point.panel for point in means)
     }
     caption = _caption(source, points, None, "hollow: after the first task alone, filled: after both")
     marks = [Mark(point, point.key, "mean") for point in means]
-    return Chart(name, "kept", "What is kept of the first task", "", x_title, caption, marks, series, panels)
+    return Chart(name, "kept", "What is kept of the first task", "", x_title[0], caption, marks, series, panels)
 
 
 def _caption(source: Source, points: Sequence[Point], keys: Any, more: str) -> str:

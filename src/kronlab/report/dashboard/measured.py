@@ -61,7 +61,7 @@ def cost_chart(spec: Mapping[str, Any], record: Record) -> Chart | None:
     baseline = next(
         (c["peers"][spec["baseline"]]["label"] for c in record["cases"] if spec["baseline"] in c["peers"]), ""
     )
-    title = f"time / {baseline}; left is better"
+    title = [f"time / {baseline}", "left is better"]
     panels = {
         panel: lying(
             shown, [p for p in points if p.panel == panel], title, 1.0, hollow="!(datum.low > 1 || datum.high < 1)"
@@ -74,7 +74,7 @@ def cost_chart(spec: Mapping[str, Any], record: Record) -> Chart | None:
     )
     marks = [Mark(point, point.key, "mean") for point in points]
     return Chart(
-        f"{record['name']}_time", "forest", f"Time of a step / {baseline}", "", title, caption, marks, shown, panels
+        f"{record['name']}_time", "forest", f"Time of a step / {baseline}", "", title[0], caption, marks, shown, panels
     )
 
 

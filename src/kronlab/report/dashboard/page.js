@@ -552,7 +552,7 @@ function figure(section, chart) {
   const element = h("figure", { "data-chart": chart.name },
     h("figcaption", {}, h("strong", {}, chart.title), h("span", {}, chart.caption)),
     h("div.drawing", {}, h(`div.panels${panels.length === 1 ? ".one" : named ? ".wide" : ""}`, {}, panels.map(([, box]) => box)), named ? null : legend),
-    lazy(`The ${count(chart.points.length, "point")} drawn, as numbers`, () => pointTable(section, chart)));
+    lazy(`The ${count(chart.points.filter((point) => point.kind !== "front").length, "point")} as numbers`, () => pointTable(section, chart)));
   element.draw = async () => {
     if (!named) drawLegend();
     for (const [canvas] of panels) await canvas.draw();
