@@ -1,7 +1,7 @@
-"""Whatever is typed for any key either runs, or is refused in one line that names the key. No traceback, no half a result.
+"""Whatever is typed for any key either runs, or is refused in one line that names the key.
 
-The keys are those of the composed configs themselves, so that a new one is drawn too. KRONLAB_FUZZ_DRAWS=500 is the long
-form; the draws are the same every time.
+No traceback, no half a result. The keys are those of the composed configs themselves, so that a new one is drawn too.
+KRONLAB_FUZZ_DRAWS=500 is the long form; the draws are the same every time.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ BASES = {
 # Numbers of every kind, words, emptiness, other shapes; no number is both allowed somewhere and hours of work there.
 VALUES = [
     "-1", "0", "1", "2", "3", "0.5", "2.5", "-1e-9", "1e30", "1000000000000", "nan", "inf", "-inf",
-    "null", "true", "false", "''", "' '", "nonsense", "'{'", "'('", "/no/such/file", "[]", "[1,a]", "[0.5,0.5]", "[null]", "{}", "{a: 1}",
+    "null", "true", "false", "''", "' '", "nonsense", "'{'", "'('", "/no/such/file",
+    "[]", "[1,a]", "[0.5,0.5]", "[null]", "{}", "{a: 1}",
 ]  # fmt: skip
 
 

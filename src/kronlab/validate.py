@@ -55,7 +55,7 @@ def whole(least: int, most: int = _MANY) -> Rule:
 
 
 def _number(
-    kinds: tuple[type, ...],
+    kinds: tuple[type[int] | type[float], ...],
     what: str,
     least: float | None,
     above: float | None,
