@@ -30,7 +30,8 @@ from processes_worker import cell_of, cut
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = Path(__file__).with_name("processes_worker.py")
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-LIMIT_S = 600  # a hang fails; the work itself takes seconds
+LIMIT_S = 800  # a hang fails; the work itself takes seconds
+pytestmark = pytest.mark.timeout(LIMIT_S + 100)
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
