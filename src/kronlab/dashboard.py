@@ -89,7 +89,7 @@ def table_specs(wanted: Collection[str] | None = None) -> list[Spec]:
     names = sorted((path.stem for path in (CONFIG_DIR / "table").glob("table*.yaml")), key=lambda name: int(name[5:]))
     if unknown := sorted(set(wanted or ()) - set(names)):
         raise ConfigError(f"tables: there is no {unknown[0]}; use some of {', '.join(names)}")
-    specs: list[Mapping[str, Any]] = []
+    specs: list[Spec] = []
     for name in names if wanted is None else [name for name in names if name in wanted]:
         spec = OmegaConf.to_container(compose_config([f"table={name}"], name="tables").table, resolve=True)
         assert isinstance(spec, dict)

@@ -22,7 +22,7 @@ Spec = dict[str, Any]
 _DIGITS: Final = 6
 _SHAPES: Final = {"o": "circle", "s": "square", "D": "diamond", "^": "triangle-up", "v": "triangle-down", "P": "cross",
                   "<": "triangle-left", ">": "triangle-right"}  # fmt: skip
-DIM: Final[dict[str, Any]] = {"condition": {"test": "lit === '' || datum.series === lit", "value": 1}, "value": 0.12}
+DIM: Final[Spec] = {"condition": {"test": "lit === '' || datum.series === lit", "value": 1}, "value": 0.12}
 _BAND: Final = {"condition": {"test": "lit === datum.series", "value": 0.25}, "value": 0.07}
 
 
@@ -75,12 +75,12 @@ def charts_of(source: Source) -> list[Chart]:
     Raises:
         ConfigError: an entry that cannot be drawn whatever the records say.
     """
-    named = list(entries(source.spec, source.scale))
+    named: list[tuple[str, Mapping[str, Any]]] = list(entries(source.spec, source.scale))
     kinds = {entry["kind"] for _, entry in named}
     first = next((column for column in source.layout["columns"] if "eval" in column), None)
     if "pareto" not in kinds and first is not None and source.spec.get("kind", "cells") == "cells":
-        judged = {"kind": "pareto", "eval": first["eval"], "metric": first["metric"]}
-        named.append((f"{source.spec['name']}_pareto", judged))
+        pareto = {"kind": "pareto", "eval": first["eval"], "metric": first["metric"]}
+        named.append((f"{source.spec['name']}_pareto", pareto))
     if "loss" not in kinds and source.spec.get("kind", "cells") == "cells":
         named.append((f"{source.spec['name']}_loss", {"kind": "loss"}))
     charts = []
