@@ -106,7 +106,7 @@ def plan_cases(
             named = section.get("peers", layout["peers"])
             chosen = {key: rows[key] for key in named if peers is None or key in peers}
             common = section | {"part": part, "dtype": dtype, "peers": chosen}
-            if rounds is not None and part in ("step", "layer"):
+            if rounds is not None and part in ("step", "layer", "bank"):
                 common["rounds"] = rounds
             if chosen:
                 cases.append(PARTS[part].case(common, layout))
