@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import logging
 import sys
@@ -17,6 +18,7 @@ from torch import nn
 
 from kronlab import models
 from kronlab.adapters.kron import cdka_delta
+from kronlab.adapters.quantized_base import bits_of
 from kronlab.bench import cases as bench_cases
 from kronlab.bench import run as bench_run
 from kronlab.bench.cases import ONE_LINEAR_MODEL, TrainingStep, plan_cases, random_batch, sharing_weights
@@ -162,6 +164,7 @@ def test_a_package_that_is_not_installed_is_a_row_that_says_so(monkeypatch: pyte
 def test_one_layer_takes_every_method() -> None:
     rows = table9()["rows"]
     layers = [key for key, row in rows.items() if row["kind"] not in ("training", "decoder", "lycoris_lokr")]
+    layers = [key for key in layers if "quantization" not in rows[key] or importlib.util.find_spec("bitsandbytes")]
     for peer in make_peers(rows, layers, Counter({(64, 32): 1})):
         network = peer.attach(OneLinear(64, 32), ONE_LINEAR_MODEL)
         assert network(torch.randn(3, 64)).shape == (3, 32)
@@ -329,7 +332,7 @@ def test_every_scale_can_be_planned(scale: str) -> None:
 def test_what_cannot_be_done_is_one_line(tmp_path: Path) -> None:
     spec, layout = small_table9(), small_table9()["scales"]["smoke"]
     for named, message in (
-        ({"parts": ["steps"]}, "what: 'steps' not known; use some of step, memory, layer, trainer, generate"),
+        ({"parts": ["steps"]}, "what: 'steps' not known; use some of step, memory, layer, trainer, generate, bank"),
         ({"peers": ["lra"]}, "peers: 'lra' not known; use some of base, lora"),
         ({"dtypes": ["fp16"]}, "dtypes: 'fp16' not known; use some of bf16, fp32"),
     ):
@@ -359,3 +362,50 @@ def test_generation_beside_a_loop_and_hflm(tmp_path: Path) -> None:
     text = (tmp_path / "bench/smoke/generate.md").read_text()
     assert "| kronlab | 6 |" in text
     assert "lm-eval HFLM" in text
+
+
+def test_a_bank_of_each_method_beside_peft(tmp_path: Path) -> None:
+    run_bench(table9(), "smoke", name="bank", results=tmp_path, threads=1, progress=False, parts=["bank"])
+    record = json.loads((tmp_path / "bench/smoke/bank.json").read_text())
+    (case,) = record["cases"]
+    peers = case["peers"]
+    assert list(peers) == ["lora_by_peft", "lora", "cdka_2_2_1", "cdka_2_2_8", "kron_lora"]
+    lora, peft = peers["lora"], peers["lora_by_peft"]
+    assert lora["trainable"] == peft["trainable"] == 8_192
+    assert peft["memory_bytes"] == 5 * 4 * 8_192, "all five are loaded"
+    assert lora["memory_bytes"] == 3 * 4 * 8_192, "a bank has as many as a batch can mix"
+    assert peers["cdka_2_2_1"]["memory_bytes"] * 8 == lora["memory_bytes"]
+    assert 5 * 4 * 8_192 < lora["disk_bytes"] < 2 * 5 * 4 * 8_192, "the tensors, and what is written around them"
+    for row in peers.values():
+        assert row["gap"] < 1e-4
+        for clock in ("wall", "cpu"):
+            assert {action: len(times) for action, times in row[clock].items()} == dict.fromkeys(
+                ("switch", "read", "one", "mixed"), 2
+            )
+    assert {p.name for p in (tmp_path / "bench/smoke").iterdir()} == {
+        f"bank.{suffix}" for suffix in ("json", "md", "csv", "tex")
+    }
+    text = (tmp_path / "bench/smoke/bank.md").read_text()
+    assert "| 5 tasks, LoRA r=8, PEFT alone (fp32) | 8,192 |" in text
+    assert "| 5 tasks, CDKA (2,2,1) (fp32) | 1,024 |" in text
+
+
+def test_a_quantised_peer_is_quantised_alone() -> None:
+    pytest.importorskip("bitsandbytes")
+    config = bench_cases._model_config("tiny_llama_128")
+    network = models.load(config, dtype=torch.float32)[0]
+    rows = table9()["rows"]
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    for peer in make_peers(rows, ["lora_8bit", "cdka_2_2_8_4bit"], count_shapes(network)):
+        attached = peer.attach(sharing_weights(network), config)
+        assert {bits_of(m) for m in attached.modules()} == {
+            None,
+            8 if "8-bit" in peer.label or "8bit" in peer.label else 4,
+        }
+        step = TrainingStep(attached, random_batch(260, rows=2, length=8, supervised=0.5), torch.float32)
+        first = step.loss().item()
+        for _ in range(3):
+            step()
+        assert step.loss().item() < first
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert all(bits_of(m) is None for m in network.modules())

@@ -42,6 +42,7 @@ from kronlab.adapters.peft_hook import (
     BaseTunerLayer,
     PeftConfig,
     get_peft_model_state_dict,
+    switch_frozen,
 )
 from kronlab.adapters.quantize import PACKED_FILE, QuantisedAdapter, quantize_adapter, save_packed
 from kronlab.adapters.quantized_base import bits_of
@@ -121,6 +122,7 @@ class AdapterBank:
         self._entries: dict[str, BankEntry] = {}
         self._peft: PeftModel | None = None
         self._slots: OrderedDict[str, _Slot] = OrderedDict()  # the one used last at the end
+        self._layers: list[nn.Module] = []  # the adapted ones, and wrappers of modules that are trained in full
         self._in_use: list[str | None] = []
         self._made = 0
         if (self.directory / INDEX).is_file():
@@ -431,11 +433,12 @@ class AdapterBank:
             _check_fits(name, tensors, places)
         except Exception as error:
             self._detach(key, whole=fresh)
+            self._settle()
             if isinstance(error, KronlabError):
                 raise
             reason = " ".join(str(error).split())
             raise CheckpointError(f"adapter {name!r} does not fit the base model: {reason}") from error
-        self._activate(self._in_use[-1] if self._in_use else None)
+        self._settle()
         return _Slot(key, structure, places)
 
     def _detach(self, key: str, *, whole: bool) -> None:
@@ -463,16 +466,18 @@ class AdapterBank:
         """Take an adapter out of memory."""
         slot = self._slots.pop(name)
         self._detach(slot.key, whole=not self._slots)
-        self._activate(self._in_use[-1] if self._in_use else None)
+        self._settle()
 
     def _activate(self, name: str | None) -> None:
-        if self._peft is None:
-            return
-        if name is None or name not in self._slots:
-            self._peft.base_model.disable_adapter_layers()
-        else:
-            self._peft.base_model.enable_adapter_layers()
-            self._peft.set_adapter(self._slots[name].key, inference_mode=True)
+        if self._peft is not None:
+            key = self._slots[name].key if name in self._slots else None  # type: ignore[index]  # None is in none
+            switch_frozen(self._peft, self._layers, key)
+
+    def _settle(self) -> None:
+        """After adapters have come or gone: know the layers, and have the one active that is in use."""
+        kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+        self._layers = [] if self._peft is None else [m for m in self._peft.modules() if isinstance(m, kinds)]
+        self._activate(self._in_use[-1] if self._in_use else None)
 
     # The index.
 

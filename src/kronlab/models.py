@@ -378,7 +378,7 @@ def load(
     return network, tokenizer
 
 
-def quantise(network: PreTrainedModel, quantization: str | None, *, device: str = "cpu") -> None:
+def quantise(network: nn.Module, quantization: str | None, *, device: str = "cpu") -> None:
     """Put the base weights into 8 or 4 bits by bitsandbytes, in place (`adapters.quantized_base.quantise_`).
 
     The output layer, classification heads, embeddings and norms stay as they are, and so does what transformers keeps
@@ -395,9 +395,9 @@ def quantise(network: PreTrainedModel, quantization: str | None, *, device: str 
         return
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError(f"model.quantization={quantization} needs bitsandbytes: pip install bitsandbytes")
-    output = network.get_output_embeddings()
+    output = network.get_output_embeddings() if isinstance(network, PreTrainedModel) else None
     fp32 = tuple(getattr(network, "_keep_in_fp32_modules", None) or ())
-    heads = tuple(head_modules(network)) if output is None else ()
+    heads = tuple(head_modules(network)) if isinstance(network, PreTrainedModel) and output is None else ()
     keep = {
         name
         for name, module in network.named_modules()

@@ -94,6 +94,7 @@ def fake_peft(**changes: Any) -> SimpleNamespace:
             save_and_load=peft.utils.save_and_load,
             other=peft.utils.other,
         ),
+        "peft_model": peft.peft_model,
         "mapping": peft.mapping,
         "tuners": SimpleNamespace(tuners_utils=tuners_utils, _buffer_dict=peft.tuners._buffer_dict),
     }

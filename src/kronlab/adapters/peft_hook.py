@@ -55,6 +55,8 @@ _REQUIRED: dict[str, tuple[str, ...]] = {
         "_cast_input_dtype",
         "_get_available_adapters",
         "_move_adapter_to_device_of_base_layer",
+        "_active_adapter",
+        "_disable_adapters",
     ),
     "tuners.tuners_utils.check_adapters_to_merge": (),
     "tuners._buffer_dict.BufferDict": (),
@@ -171,6 +173,7 @@ __all__ = [
     "read_also",
     "register",
     "set_peft_model_state_dict",
+    "switch_frozen",
 ]
 
 
@@ -202,6 +205,23 @@ def register(name: str, config_cls: type, model_cls: type, prefix: str) -> None:
         for mapping in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING):
             mapping.pop(member, None)
     register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls, prefix=prefix)
+
+
+def switch_frozen(model: Any, layers: list[Any], adapter_name: str | None) -> None:
+    """Make one adapter of a PeftModel the active one, or none, where nothing is trained.
+
+    What ``set_adapter`` and ``enable_adapter_layers`` or ``disable_adapter_layers`` do, without their walks over all
+    modules and parameters to set what requires a gradient: that is what a switch would spend its time on.
+
+    Args:
+        layers: all of the model's tuner layers and wrappers of modules that are trained in full.
+    """
+    if adapter_name is not None:
+        model.active_adapter = model.base_model.active_adapter = adapter_name
+    for layer in layers:
+        layer._disable_adapters = adapter_name is None
+        if adapter_name is not None:
+            layer._active_adapter = [adapter_name]
 
 
 def read_also(knows: Callable[[Path], bool], read: Callable[[Path], Mapping[str, Tensor]]) -> None:

@@ -6,6 +6,7 @@ Parts:
     layer   forward and backward of one linear layer, shapes of several models
     trainer whole trainings, beside plain transformers.Trainer (`kronlab.bench.trainers`)
     generate greedy decoding of an eval's prompts, beside a loop and lm-eval's HFLM (`kronlab.bench.generating`)
+    bank    many adapters of one base: bytes, switching, batches that mix them (`kronlab.bench.bank`)
 
 Precision "bf16" means what the trainer does: base weights in bf16, adapters in fp32, autocast.
 Legend: B rows, T tokens of a row.
@@ -20,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import psutil
@@ -28,6 +30,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from kronlab import models
+from kronlab.bench.bank import serve_beside
 from kronlab.bench.generating import generate_beside
 from kronlab.bench.measure import (
     Times,
@@ -103,7 +106,7 @@ def plan_cases(
             named = section.get("peers", layout["peers"])
             chosen = {key: rows[key] for key in named if peers is None or key in peers}
             common = section | {"part": part, "dtype": dtype, "peers": chosen}
-            if rounds is not None and part in ("step", "layer"):
+            if rounds is not None and part in ("step", "layer", "bank"):
                 common["rounds"] = rounds
             if chosen:
                 cases.append(PARTS[part].case(common, layout))
@@ -400,12 +403,40 @@ class GeneratePart(WholePart):
         return generate_beside(case.settings | {"overrides": overrides}, done)
 
 
+class BankPart(WholePart):
+    """Settings: tasks, rows and length of a batch, rounds, model; its peers serve the tasks."""
+
+    def sections(self, layout: Mapping[str, Any]) -> list[dict[str, Any]]:
+        common = {key: value for key, value in layout.items() if key != "tasks"}
+        return [common | {"tasks": tasks} for tasks in layout["tasks"]]
+
+    def case(self, section: dict[str, Any], layout: Mapping[str, Any]) -> Case:
+        settings = section | {"model": layout["model"]}
+        once = step_flops(settings | {"supervised": 1.0}) * _SLOWNESS[section["dtype"]] / 3  # forward alone
+        adding = 0.1 * section["tasks"] * _FLOPS_PER_S
+        work = (2 * once * (section["rounds"] + 2) + adding) * len(section["peers"])
+        return Case("bank", f"bank, {layout['model']}, {section['tasks']} tasks, {section['dtype']}", settings, work)
+
+    def run(self, case: Case, done: Callable[[float], object]) -> dict[str, dict[str, Any]]:
+        settings = case.settings
+        if settings["tasks"] <= settings["rows"]:
+            raise ConfigError(f"bank: {settings['tasks']} tasks for {settings['rows']} rows; give more tasks than rows")
+        model = _model_config(settings["model"])
+        base, _ = models.load(model, dtype=case.dtype)
+        batch = random_batch(base.config.vocab_size, settings["rows"], settings["length"], 1.0)
+        del batch["labels"]
+        peers = make_peers(settings["peers"], list(settings["peers"]), _shapes(case))
+        served = {peer.key: (settings["peers"][peer.key]["kind"], peer) for peer in peers}
+        return serve_beside(served, partial(sharing_weights, base), model, batch, settings, done)
+
+
 PARTS: dict[str, StepPart | LayerPart | WholePart] = {
     "step": StepPart(),
     "memory": MemoryPart(),
     "layer": LayerPart(),
     "trainer": TrainerPart(),
     "generate": GeneratePart(),
+    "bank": BankPart(),
 }
 
 

@@ -6,11 +6,12 @@ frozen base, PEFT's and LyCORIS' LoKr at the baseline's number of parameters, a 
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kronlab import methods
+from kronlab import methods, models
 from kronlab.cell import compose_config
 from kronlab.errors import ConfigError
 
@@ -101,12 +102,23 @@ def _method_config(overrides: tuple[str, ...]) -> dict[str, Any]:
 
 def _method(key: str, row: Mapping[str, Any], linears: Counter[Shape]) -> Peer:
     config = _method_config(tuple(row["overrides"]))
+    quantization = row.get("quantization")
 
     def attach(network: nn.Module, model: Mapping[str, Any]) -> nn.Module:
+        models.quantise(network, quantization)
         return methods.attach(network, model, config | {"target_modules": model["target_modules"]})
 
     dropout = f", dropout {config['dropout']:g}" if config["dropout"] else ""
-    return Peer(key, methods.label(config) + dropout, attach)
+    base = f", {quantization} base" if quantization else ""
+    absent = None
+    if quantization and importlib.util.find_spec("bitsandbytes") is None:
+        absent = "bitsandbytes is not installed"
+    return Peer(key, methods.label(config) + dropout + base, attach, absent)
+
+
+def _by_peft(key: str, row: Mapping[str, Any], linears: Counter[Shape]) -> Peer:
+    """The same adapter, served by PEFT alone (`kronlab.bench.bank`)."""
+    return replace(_method(key, row, linears), label=row["label"])
 
 
 # ---- LoKr at the baseline's number of parameters
@@ -214,6 +226,7 @@ def _kron_loop(key: str, row: Mapping[str, Any], linears: Counter[Shape]) -> Pee
 KINDS: dict[str, Callable[[str, Mapping[str, Any], Counter[Shape]], Peer]] = {
     "base": _base,
     "method": _method,
+    "by_peft": _by_peft,
     "peft_lokr": _peft_lokr,
     "lycoris_lokr": _lycoris_lokr,
     "kron_loop": _kron_loop,

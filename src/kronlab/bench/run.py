@@ -28,13 +28,14 @@ from kronlab.cell import digest
 from kronlab.errors import ConfigError
 from kronlab.experiment import typed_command
 from kronlab.progress import bar
-from kronlab.report.cost import cost_table, generation_table, layer_table, trainer_table
+from kronlab.report.cost import bank_table, cost_table, generation_table, layer_table, trainer_table
 from kronlab.report.tables import Table
 
 log = logging.getLogger(__name__)
 SCHEMA = 1
 _MEASURED = (
     "adapters",
+    "bank.py",
     "bench",
     "chunked_loss.py",
     "encode.py",
@@ -100,7 +101,7 @@ def write_results(spec: Mapping[str, Any], scale: str, record: Mapping[str, Any]
     beside = results / "bench" / scale
     tables, figures = (results / kind / scale if name == spec["name"] else beside for kind in ("tables", "figures"))
     steps = cost_table(spec, scale, record)
-    others = [make(spec, scale, record) for make in (layer_table, trainer_table, generation_table)]
+    others = [make(spec, scale, record) for make in (layer_table, trainer_table, generation_table, bank_table)]
     written = []
     if steps is not None:
         written += steps.write(tables) + write_figure(cost_figure(spec, record), figures, name)

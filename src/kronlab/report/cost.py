@@ -212,6 +212,67 @@ def generation_table(spec: Mapping[str, Any], scale: str, record: Mapping[str, A
     )
 
 
+def bank_table(spec: Mapping[str, Any], scale: str, record: Mapping[str, Any]) -> Table | None:
+    """Serving many adapters: one row a method and number of tasks, times beside the first method's; or None."""
+    cases = cases_of(record, "bank")
+    if not cases:
+        return None
+    rows = [(case, key) for case in cases for key in case["peers"]]
+    peers = [case["peers"][key] for case, key in rows]
+    first = [next(iter(case["peers"].values())) for case, _ in rows]
+
+    def times(action: str) -> list[float | None]:
+        return [1e3 * statistics.median(peer["wall"][action]) for peer in peers]
+
+    def ratios(action: str, references: Sequence[Mapping[str, Any]], reference: str) -> list[Any]:
+        return [
+            ratio_of_medians(peer["wall"][action], other["wall"][reference])
+            for peer, other in zip(peers, references, strict=True)
+        ]
+
+    baseline = first[0]["label"]
+    tasks = [case["settings"]["tasks"] for case, _ in rows]
+    columns = [
+        _column("parameters of one", [peer["trainable"] for peer in peers], "{:,.0f}"),
+        _column(
+            "one on disk (KiB)", [p["disk_bytes"] / n / 2**10 for p, n in zip(peers, tasks, strict=True)], "{:.1f}"
+        ),
+        _column("all on disk (MiB)", [peer["disk_bytes"] / _MIB for peer in peers], "{:.2f}"),
+        _column("in memory (MiB)", [peer["memory_bytes"] / _MIB for peer in peers], "{:.2f}"),
+        _column("switch (ms)", times("switch"), "{:.2f}"),
+        _ratio_column(f"switch / {baseline}", ratios("switch", first, "switch")),
+        _column("read another one (ms)", times("read"), "{:.1f}"),
+        _column("batch, one adapter (ms)", times("one"), "{:.1f}"),
+        _column("batch, mixed (ms)", times("mixed"), "{:.1f}"),
+        _ratio_column("mixed / one adapter", ratios("mixed", peers, "one")),
+        _ratio_column(f"mixed / {baseline}", ratios("mixed", first, "mixed")),
+        _column("largest gap of a logit to one at a time", [peer["gap"] for peer in peers], "{:.1g}"),
+    ]
+    settings = cases[0]["settings"]
+    return Table(
+        name=f"{record['name']}-bank" if record["name"] != "bank" else "bank",
+        scale=scale,
+        title="Many adapters of one base model",
+        row_title="tasks, method",
+        labels=[
+            f"{n} tasks, {peer['label']} ({case['settings']['dtype']})"
+            for (case, _), n, peer in zip(rows, tasks, peers, strict=True)
+        ],
+        keys=[f"{n}/{key}/{case['settings']['dtype']}" for (case, key), n in zip(rows, tasks, strict=True)],
+        columns=columns,
+        notes=[
+            f"Setting: {settings['model']}, adapters of random values; a batch is {settings['rows']} rows x "
+            f"{settings['length']} tokens, forward alone; mixed: each row another adapter, one row the base model.",
+            f"A bank (kronlab.bank) has at most {settings['rows']} adapters in memory; PEFT alone has all of them, is "
+            "switched by set_adapter and mixes by adapter_names. Switch: another one of those in memory, a bank also "
+            "back to the base model. Read: another one from disk in its place; a bank checks the file's sha256.",
+            f"{_RATIO_NOTE} Rounds: {settings['rounds']}.",
+            _machine_note(record),
+            f"Made by: `{record['command']}`.",
+        ],
+    )
+
+
 _RATIO_NOTE = (
     "Ratios are of medians over interleaved rounds, wall clock, with their 95 % interval (bootstrap over rounds); "
     "± of a time is its interquartile range."
