@@ -440,7 +440,7 @@ def _forest(name: str, source: Source, entry: Mapping[str, Any], points: Sequenc
     baseline = labels[0] if len(labels) == 1 else f"{source.spec['baseline']} of the same group"
     title = metric_title(source, entry).rpartition(" (")[0]
     shown_in = unit.name.replace("%", "points")
-    x_title = [f"difference to {baseline}", f"({shown_in}); {_side(unit.less_is_better)} is better"]
+    x_title = [f"difference to {baseline}", f"({shown_in})", f"{_side(unit.less_is_better)} is better"]
     panels = {
         group: lying(series, [p for p in points if p.panel == group], x_title, 0.0,
                       hollow="!(datum.low > 0 || datum.high < 0)")
