@@ -12,8 +12,8 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 
-from kronlab.cell import explain
-from kronlab.errors import KronlabError
+from kronlab.cell import check_groups, explain
+from kronlab.errors import ConfigError, KronlabError
 
 T = TypeVar("T")
 _failed_jobs = 0  # of the sweep that this process runs
@@ -23,7 +23,11 @@ def start(main: Callable[[], None]) -> None:
     """Call a `hydra.main` function; what Hydra refuses (an unknown key, option or syntax) is one line and status 2."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # otherwise Hydra prints its own lines and leaves with status 1
     try:
+        check_groups(sys.argv[1:])
         main()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
     except (HydraException, OmegaConfBaseException) as error:
         print(f"error: {explain(error)}", file=sys.stderr)
         raise SystemExit(2) from None
