@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -254,6 +255,10 @@ def validate(config: Mapping[str, Any]) -> None:
     quantization = config["model"].get("quantization")
     if quantization is not None and (fault := quantised_fault(method, quantization)) is not None:
         found.append(f"model.quantization={quantization!r}: {fault}; set it to null")
+    positions = _positions(config["model"])
+    for path, length in _max_lengths(config):
+        if length is not None and positions is not None and length > positions:
+            found.append(f"{path}={length}: must be at most model.config.max_position_embeddings={positions}")
     for task in _tasks(config):
         if task["name"] == "none" and trains(method):
             found.append("task='none': must be a task with training data, or method=none")
@@ -277,6 +282,21 @@ def validate(config: Mapping[str, Any]) -> None:
         raise ConfigError("\n".join(found))
 
 
+def _positions(model: Mapping[str, Any]) -> int | None:
+    """The longest row that a model with learned positions can read; None: the config does not say, or there is none."""
+    config = model.get("config") or {}
+    positions = config.get("max_position_embeddings")
+    learned = config.get("model_type") in ("bert", "distilbert")
+    return positions if learned and isinstance(positions, int) else None
+
+
+def _max_lengths(config: Mapping[str, Any]) -> Iterator[tuple[str, int | None]]:
+    if trains(config["method"]):
+        yield "task.max_length", config["task"]["max_length"]
+    for name, settings in config["eval"].items():
+        yield f"eval.{name}.max_length", settings.get("max_length")
+
+
 def _storage_faults(storage: Mapping[str, Any], method: Mapping[str, Any]) -> Iterator[str]:
     try:
         form = _stored_form(storage)
@@ -295,11 +315,37 @@ def compose_config(overrides: Sequence[str], *, name: str = "config") -> DictCon
     Raises:
         ConfigError: an override that Hydra refuses, in one line (`explain`).
     """
+    check_groups(overrides)
     try:
         config = _compose(first_look(overrides), name)
         return with_stages(config, overrides, partial(_composed_stage, name=name))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error)) from error
+
+
+def check_groups(overrides: Sequence[str]) -> None:
+    """Refuse what is no option's name where a group wants one (`model=3`), for Hydra does so with a traceback.
+
+    Raises:
+        ConfigError: in one line.
+    """
+    for text in overrides:
+        key, sign, value = text.lstrip("+").partition("=")
+        group = key.partition("@")[0]
+        if not sign or not (CONFIG_DIR / group).is_dir() or re.match(r"\w+\(", value):  # choice(...): a sweep
+            continue
+        names = [name.strip(" '\"") for name in value.strip("[]").split(",")]
+        if not all(map(_is_name, names)):
+            raise ConfigError(f"{group}={value}: must be the name of a file in configs/{group}/, without .yaml")
+
+
+def _is_name(text: str) -> bool:
+    """Whether Hydra would read it as a word: not as a number, nor as null, true or false."""
+    try:
+        float(text)
+    except ValueError:
+        return bool(re.fullmatch(r"[\w.-]+", text)) and text.lower() not in ("null", "true", "false")
+    return False
 
 
 def _compose(overrides: tuple[str, ...], name: str) -> DictConfig:

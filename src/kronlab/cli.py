@@ -15,7 +15,7 @@ from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 
 from kronlab import interrupt, processes, runs
-from kronlab.cell import explain
+from kronlab.cell import check_groups, explain
 from kronlab.errors import KronlabError
 from kronlab.runs import refused_by_disk
 
@@ -31,6 +31,7 @@ def start(main: Callable[[], None], *, finish: Callable[[], int] = lambda: 0) ->
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # otherwise Hydra prints its own lines and leaves with status 1
     try:
+        check_groups(sys.argv[1:])
         with interrupt.listening():
             main()
             status = processes.led(finish) or 0

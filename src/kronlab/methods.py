@@ -200,7 +200,9 @@ def _told_in_one_line(where: str) -> Iterator[None]:
         except KronlabError:
             raise
         except (ValueError, TypeError, RuntimeError, OSError, KeyError) as error:
-            raise ConfigError(f"{where}: {' '.join(str(error).split())}") from error
+            reason = " ".join(str(error).split())
+            hint = " (method.target_modules, by default model.target_modules)" if "arget modules" in reason else ""
+            raise ConfigError(f"{where}: {reason}{hint}") from error
 
 
 def _design_kind(method: Mapping[str, Any]) -> str:

@@ -32,7 +32,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from kronlab.adapters.quantized_base import quantise_
-from kronlab.errors import ConfigError, ModelError
+from kronlab.errors import ConfigError, KronlabError, ModelError
 
 log = logging.getLogger(__name__)
 
@@ -223,12 +223,17 @@ def _byte_alphabet() -> list[str]:
 def build_config(model: Mapping[str, Any]) -> Any:
     """The transformers config of a model from the numbers shipped in `configs/model/`; nothing is downloaded."""
     fields = dict(model["config"])
+    if not isinstance(fields.get("model_type"), str):
+        raise ConfigError(
+            f"model.config.model_type={fields.get('model_type')!r}: must be a name that transformers knows"
+        )
+    kind = fields.pop("model_type")
     if model["architecture"] in WITH_HEAD:
         fields.setdefault("num_labels", 2)
-    kind = fields.pop("model_type")
     if "rope_theta" in fields and "rope_parameters" not in fields:
         fields["rope_parameters"] = {"rope_type": "default", "rope_theta": fields.pop("rope_theta")}
-    config = AutoConfig.for_model(kind, **fields)
+    with _refused_in_one_line(model):
+        config = AutoConfig.for_model(kind, **fields)
     _rescale_positions(config, model)
     return config
 
@@ -252,9 +257,21 @@ def _rescale_positions(config: Any, model: Mapping[str, Any]) -> None:
     config.rope_parameters = {**config.rope_parameters, **rope}
 
 
+@contextmanager
+def _refused_in_one_line(model: Mapping[str, Any]) -> Iterator[None]:
+    """What transformers and torch say of a config that no model can be built from, as a ConfigError."""
+    try:
+        yield
+    except KronlabError:
+        raise
+    except Exception as error:  # of many kinds: strict dataclasses, assertions, allocations, divisions by zero
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ConfigError(f"model {model['name']}: model.config cannot be built: {reason}") from error
+
+
 def build_on_meta(model: Mapping[str, Any]) -> PreTrainedModel:
     """The exact architecture without weights: parameters live on the meta device. For counting."""
-    with torch.device("meta"):
+    with torch.device("meta"), _refused_in_one_line(model):
         return auto_class(model["architecture"]).from_config(build_config(model))
 
 
@@ -339,7 +356,7 @@ def load(
             "once, then give model.source=directory model.directory=<results>/checkpoints/<its train_id>/final"
         )
     if source == "random":
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), _refused_in_one_line(model):
             torch.manual_seed(int(model.get("init_seed", 0)))
             config = build_config(model)
             config.update(head.fields if head else {})

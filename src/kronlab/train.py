@@ -515,8 +515,8 @@ def training_arguments(
         # transformers reads a value below 1 as a share of the steps
         warmup_steps=recipe["warmup_ratio"],
         weight_decay=recipe["weight_decay"],
-        adam_beta1=recipe["betas"][0],
-        adam_beta2=recipe["betas"][1],
+        adam_beta1=float(recipe["betas"][0]),  # torch refuses 0 beside 0.9
+        adam_beta2=float(recipe["betas"][1]),
         max_grad_norm=recipe["max_grad_norm"],
         num_train_epochs=recipe["epochs"],
         max_steps=recipe["max_steps"],

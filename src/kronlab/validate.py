@@ -20,6 +20,7 @@ from transformers import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from kronlab.adapters.quantize import FORMATS
+from kronlab.data import LOADERS
 from kronlab.data.common import did_you_mean
 from kronlab.evals.code import PROTOCOLS
 from kronlab.evals.graders import GRADERS
@@ -224,18 +225,21 @@ RULES: Final[dict[str, Rule]] = {
     "task.n": or_null(COUNT, " for all"),
     "task.max_length": COUNT,
     "task.source": section("the data source"),
-    "data.dir": or_null(TEXT),
+    "data": section("dir and shuffle"),
+    "data.dir": or_null(FREE),  # an empty environment variable is none
     "data.shuffle": one_of("paper", "seeded"),
     "adapter_storage": section("bits, kind and group_size"),
     "adapter_storage.bits": or_null(one_of(*sorted(set(FORMATS.values()), reverse=True))),
     "adapter_storage.kind": or_null(known(list(FORMATS))),
     "adapter_storage.group_size": whole(2),
+    "results": section("dir and reuse"),
     "results.dir": TEXT,
     "results.reuse": one_of("local", "any"),
     "publish.dir": or_null(TEXT),
     "publish.as_lora": FLAG,
     "publish.hub": or_null(TEXT),
     "publish.private": FLAG,
+    "logger": section("name"),
     "logger.name": one_of("none", "wandb"),
     "logger.project": TEXT,
     "logger.mode": one_of("offline", "online"),
@@ -289,7 +293,8 @@ SOURCE_RULES: Final[dict[str, Rule]] = {
     "num_fewshot": or_null(whole(0, 1000)),
     "calculator_annotations": FLAG,
     **dict.fromkeys(("prompt", "completion", "gold"), FREE),
-    **dict.fromkeys(("name", "dataset", "task", "hub", "format", "wording", "shuffle", "subset", "test_set"), TEXT),
+    "name": known([*LOADERS, "none"]),
+    **dict.fromkeys(("dataset", "task", "hub", "format", "wording", "shuffle", "subset", "test_set"), TEXT),
     "strip_instructions": several(Rule(_is_expression, ""), "regular expressions"),
     "params": section("parameters of the generator"),
     "parts": section("sources and their shares"),
@@ -357,6 +362,9 @@ def sources(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]
 
 
 def _source_faults(path: str, source: Mapping[str, Any]) -> Iterator[str]:
+    if "name" not in source:
+        there = ", ".join(map(str, source)) or "nothing"
+        yield f"{path} has no name, only {there}: set that at the eval's own source, where a task takes its from"
     for key, value in source.items():
         rule = SOURCE_RULES.get(str(key))
         if rule is not None and not rule.right(value):
