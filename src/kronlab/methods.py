@@ -201,7 +201,7 @@ def _told_in_one_line(where: str) -> Iterator[None]:
             raise
         except (ValueError, TypeError, RuntimeError, OSError, KeyError) as error:
             reason = " ".join(str(error).split())
-            hint = " (method.target_modules, by default model.target_modules)" if "arget modules" in reason else ""
+            hint = " (method.target_modules, model.config)" if re.search("arget[_ ]modules", reason) else ""
             raise ConfigError(f"{where}: {reason}{hint}") from error
 
 

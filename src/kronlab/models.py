@@ -223,11 +223,9 @@ def _byte_alphabet() -> list[str]:
 def build_config(model: Mapping[str, Any]) -> Any:
     """The transformers config of a model from the numbers shipped in `configs/model/`; nothing is downloaded."""
     fields = dict(model["config"])
-    if not isinstance(fields.get("model_type"), str):
-        raise ConfigError(
-            f"model.config.model_type={fields.get('model_type')!r}: must be a name that transformers knows"
-        )
-    kind = fields.pop("model_type")
+    kind = fields.pop("model_type", None)
+    if not isinstance(kind, str):
+        raise ConfigError(f"model.config.model_type={kind!r}: must be a name that transformers knows")
     if model["architecture"] in WITH_HEAD:
         fields.setdefault("num_labels", 2)
     if "rope_theta" in fields and "rope_parameters" not in fields:

@@ -315,22 +315,31 @@ def faults(config: Mapping[str, Any], config_dir: Path) -> Iterator[str]:
     Args:
         config_dir: the folder of the configs, which say what keys there are.
     """
+    told = [*_of_rules(config), *_of_sources(config), *_unknown(config, config_dir)]
+    yield from told
+    for path, value in leaves(config):  # whatever key it is: JSON has no nan, and no hash of it would be worth anything
+        if isinstance(value, float) and not math.isfinite(value) and not any(t.startswith(path) for t in told):
+            yield f"{path}={value!r}: must be a finite number"
+
+
+def _of_rules(config: Mapping[str, Any]) -> Iterator[str]:
     for pattern, rule in RULES.items():
         for path, value in _at(config, pattern.split(".")):
             if not rule.right(value):
                 yield _fault(path, value, rule)
+
+
+def _of_sources(config: Mapping[str, Any]) -> Iterator[str]:
     for path, source in sources(config):
         yield from _source_faults(path, source)
+
+
+def _unknown(config: Mapping[str, Any], config_dir: Path) -> Iterator[str]:
     for name in CLOSED:
-        there = config.get(name)
-        if isinstance(there, Mapping):
-            keys = known_keys(config_dir, name)
-            for key in there:
-                if str(key) not in keys:
-                    yield f"{name}.{key} is not a setting{did_you_mean(str(key), keys)}"
-    for path, value in leaves(config):
-        if isinstance(value, float) and not math.isfinite(value) and _rule_of(path) is None:
-            yield f"{path}={value!r}: must be a finite number"
+        there, keys = config.get(name), known_keys(config_dir, name)
+        for key in there if isinstance(there, Mapping) else ():
+            if str(key) not in keys:
+                yield f"{name}.{key} is not a setting{did_you_mean(str(key), keys)}"
 
 
 def _fault(path: str, value: Any, rule: Rule) -> str:

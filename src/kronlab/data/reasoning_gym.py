@@ -190,15 +190,19 @@ class _Task:
 
     def _draw(self, base: int) -> Iterator[dict[str, Any]]:
         for start in itertools.count(base, _CHUNK):
-            try:
-                with _global_random(start):
-                    dataset = _factory().create_dataset(self.dataset, seed=start, size=_CHUNK, **self.params)
-            except (TypeError, AssertionError, ValueError) as e:
-                raise ConfigError(f"{self.name}: params {self.params} are refused: {e}") from None
+            with self._refused_in_one_line(), _global_random(start):
+                dataset = _factory().create_dataset(self.dataset, seed=start, size=_CHUNK, **self.params)
             for i in range(_CHUNK):
-                with _global_random(start + i):
+                with self._refused_in_one_line(), _global_random(start + i):
                     entry = dataset[i]
                 yield self._fields(entry)
+
+    @contextmanager
+    def _refused_in_one_line(self) -> Iterator[None]:
+        try:
+            yield
+        except (TypeError, AssertionError, ValueError, LookupError, ArithmeticError) as e:
+            raise ConfigError(f"{self.name}: params {self.params} are refused: {e}") from None
 
     def _fields(self, entry: Mapping[str, Any]) -> dict[str, Any]:
         question = str(entry["question"])
