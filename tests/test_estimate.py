@@ -194,7 +194,7 @@ def test_every_name_in_the_file_exists() -> None:
     assert graded_rows("hellaswag_gen", {"n": None}) == 10_042
 
 
-@pytest.mark.parametrize("name", sorted(set(LOADERS) - {"reasoning_gym", "jsonl", "lm_eval"}))
+@pytest.mark.parametrize("name", sorted(set(LOADERS) - {"reasoning_gym", "jsonl", "lm_eval", "digits", "retrieve_sum"}))
 def test_every_source_of_public_data_says_where_it_is(name: str) -> None:
     settings = {
         "glue": {"task": "rte"},

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from kronlab.errors import CheckpointError
 from kronlab.experiment import _load_weights, _save_weights
 from kronlab.models import byte_tokenizer
+from kronlab.train import mark_whole
 
 METHODS = ["cdka", "kron_lora", "lora", "full"]
 
@@ -54,6 +55,7 @@ def test_weights_that_do_not_fit_are_refused(build: Callable[..., Any], tmp_path
     else:
         tensors[key] = tensors[key][:-1].contiguous()
     save_file(tensors, file, metadata={"format": "pt"})
+    mark_whole(final)
     with pytest.raises(CheckpointError, match="cannot be loaded") as caught:
         _load_weights(network, final)
     assert key.removeprefix("base_model.model.").removesuffix(".weight") in str(caught.value)

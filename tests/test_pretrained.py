@@ -187,8 +187,8 @@ def test_the_shipped_recipe_makes_a_cell_and_shares_no_task_with_the_tables() ->
     [
         (recipe("method=lora"), "trains with method=lora; use method=full"),
         (recipe("model=tiny_llama"), "trains a model whose config is not model.config"),
-        ("model.pretraining=null", "must be the list of overrides"),
-        ("model.pretraining=[1]", "must be the list of overrides"),
+        ("model.pretraining=null", "must be a list of overrides"),
+        ("model.pretraining=[1]", "must be a list of overrides"),
         (recipe("trainer.lrr=1"), "trainer.lrr: unknown key; did you mean 'lr'?"),
         (f"model.pretraining={json.dumps(['scale=smoke', 'model=tiny_llama_pretrained', 'method=full'])}", None),
     ],

@@ -333,7 +333,7 @@ def test_the_command_line_runs_a_sweep_over_two_processes(tmp_path: Path, launch
     ours = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(ours) == 2, done.stderr[-3000:]
     assert ours[0].startswith("error: trainer.batch_size=3 cannot be shared by 2 processes")
-    assert ours[1] == "error: 1 of the sweep's jobs failed, see above"
+    assert ours[1].startswith("error: 1 of the sweep's 2 cells failed; the same command with retry_failed=true")
     assert done.returncode != 0
     found = [json.loads(path.read_text()) for path in (tmp_path / "r").glob("runs/smoke/*.json")]
     assert sorted(r["status"] for r in found) == ["done", "failed"]

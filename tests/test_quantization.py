@@ -111,7 +111,7 @@ def test_a_method_that_cannot_is_refused_by_name(make: Callable[..., Cell], over
     with pytest.raises(ConfigError, match=reason) as caught:
         make(*overrides, "model.quantization=8bit")
     assert len(str(caught.value).splitlines()) == 1
-    with pytest.raises(ConfigError, match=r"model.quantization='3bit': must be null or one of 8bit, 4bit"):
+    with pytest.raises(ConfigError, match=r"model.quantization='3bit': must be one of 8bit, 4bit, or null"):
         make("model.quantization=3bit")
 
 

@@ -771,5 +771,5 @@ def test_loss_file_is_one_json_object_a_line(
 ) -> None:
     fit(config("trainer.max_steps=2"), examples, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "loss.jsonl").read_text().splitlines()]
-    keys = {"step", "loss", "lr", "seconds", "examples", "tokens", "supervised_tokens"}
+    keys = {"step", "loss", "lr", "seconds", "examples", "tokens", "supervised_tokens", "crc"}
     assert [set(line) for line in lines] == [keys, keys]

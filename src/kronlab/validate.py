@@ -140,6 +140,7 @@ FLAG: Final = Rule(lambda value: isinstance(value, bool), "true or false")
 TEXT: Final = Rule(_is_text, "text that is not empty")
 FREE: Final = Rule(lambda value: isinstance(value, str) and "\0" not in value, "text")
 LINES: Final = several(TEXT, "texts that are not empty")
+STOPS: Final = several(Rule(lambda value: isinstance(value, str) and value != "", "text"), "texts that are not empty")
 COUNT: Final = whole(1)
 SHARE: Final = number(least=0, below=1)
 TARGETS: Final = either(TEXT, several(TEXT, "names of modules", least=1))
@@ -273,12 +274,12 @@ RULES: Final[dict[str, Rule]] = {
     "eval.*.protocol": known(PROTOCOLS),
     "eval.*.metric": or_null(TEXT),
     "eval.*.metrics": several(TEXT, "metrics", least=1),
-    "eval.*.stops.*": LINES,
+    "eval.*.stops.*": STOPS,
     "eval.*.generation": section("max_new_tokens, batch_size and where to stop"),
     "eval.*.generation.max_new_tokens": whole(1, 2**20),
     "eval.*.generation.batch_size": COUNT,
     "eval.*.generation.stop_pattern": or_null(Rule(_is_expression, "a regular expression")),
-    "eval.*.generation.stop_strings": LINES,
+    "eval.*.generation.stop_strings": STOPS,
     "eval.*.generation.sampling": or_null(section("temperature, top_p and seed")),
     "eval.*.generation.sampling.temperature": number(above=0),
     "eval.*.generation.sampling.top_p": number(above=0, most=1),
@@ -294,7 +295,8 @@ SOURCE_RULES: Final[dict[str, Rule]] = {
     "calculator_annotations": FLAG,
     **dict.fromkeys(("prompt", "completion", "gold"), FREE),
     "name": known([*LOADERS, "none"]),
-    **dict.fromkeys(("dataset", "task", "hub", "format", "wording", "shuffle", "subset", "test_set"), TEXT),
+    **dict.fromkeys(("dataset", "task", "format", "wording", "shuffle", "subset", "test_set"), TEXT),
+    "hub": or_null(TEXT),
     "strip_instructions": several(Rule(_is_expression, ""), "regular expressions"),
     "params": section("parameters of the generator"),
     "parts": section("sources and their shares"),
