@@ -159,7 +159,7 @@ def test_all_faults_are_told_at_once_each_with_key_value_and_what_is_allowed() -
             "runtime.device=tpu", "eval.chain_sum.grader=guess", "eval.chain_sum.n=0",
         )  # fmt: skip
     assert str(caught.value).splitlines() == [
-        "seed=-1: must be a whole number of at least 0",
+        "seed=-1: must be a whole number of at least 0 and of at most 4294967295",
         "trainer.lr='fast': must be a number above 0",
         "trainer.batch_size=2.5: must be a whole number of at least 1",
         "trainer.precision='fp8': must be bf16 or fp32",

@@ -119,7 +119,7 @@ def test_a_cell_that_finds_its_weights_has_the_losses_of_their_training(
 
 @pytest.mark.parametrize(
     ("override", "status", "exit_code"),
-    [("trainer.lr=1e30", "diverged", 0), ("trainer.loss_rows=7", "failed", 1)],
+    [("trainer.lr=1e30", "diverged", 0), ("trainer.schedule=reduce_lr_on_plateau", "failed", 1)],
 )
 def test_what_did_not_work_out_is_said(
     logged: Callable[..., Cell], tmp_path: Path, override: str, status: str, exit_code: int

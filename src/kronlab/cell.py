@@ -23,7 +23,6 @@ from kronlab import models
 from kronlab.adapters.quantize import format_of
 from kronlab.data.common import did_you_mean
 from kronlab.errors import ConfigError
-from kronlab.evals.harness import positive
 from kronlab.evals.registry import HARNESSES, harness_of, kind_of
 from kronlab.methods import label, quantised_fault, trains, with_budget
 from kronlab.moved_base import moves_base
@@ -275,9 +274,6 @@ def validate(config: Mapping[str, Any]) -> None:
             found.append(f"eval.{name}.kind={kind!r}: must be one of {', '.join(HARNESSES)}")
         else:
             found += harness_of(settings).faults(name, settings)
-        shots = settings.get("shots")
-        if shots and not (set(shots) == {"n", "split", "separator"} and positive(shots["n"])):
-            found.append(f"eval.{name}.shots={shots!r}: must be null, or n, split and separator")
     if found:
         raise ConfigError("\n".join(found))
 

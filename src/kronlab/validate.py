@@ -74,7 +74,9 @@ def _number(
         )
 
     bounds = [("of at least", least), ("above", above), ("of at most", most), ("below", below)]
-    told = [f"{word} {bound:g}" for word, bound in bounds if bound is not None]
+    told = [
+        f"{word} {bound if isinstance(bound, int) else f'{bound:g}'}" for word, bound in bounds if bound is not None
+    ]
     if most == _MANY:
         told.pop()
     return Rule(right, " and ".join([f"{what} {told[0]}", *told[1:]]) if told else what)
@@ -145,6 +147,13 @@ COUNT: Final = whole(1)
 SHARE: Final = number(least=0, below=1)
 TARGETS: Final = either(TEXT, several(TEXT, "names of modules", least=1))
 NEAR_SQUARE: Final = either(COUNT, one_of("near_square"))
+
+
+def _is_shots(value: Any) -> bool:
+    return not value or (
+        isinstance(value, Mapping) and set(value) == {"n", "split", "separator"} and COUNT.right(value["n"])
+    )
+
 
 # ------------------------------------------------------------------------------------------------------------ the rules
 
@@ -263,6 +272,7 @@ RULES: Final[dict[str, Rule]] = {
     "eval.*.grader": known(list(GRADERS)),
     "eval.*.also": several(TEXT, "graders"),
     "eval.*.n": or_null(Rule(COUNT.right, "at least 1"), " for all"),
+    "eval.*.shots": Rule(_is_shots, "null, or n, split and separator"),
     "eval.*.max_length": or_null(COUNT),
     "eval.*.batch_size": COUNT,
     "eval.*.by": LINES,
