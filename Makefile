@@ -33,7 +33,7 @@ TABLE_ARGS = $(if $(SCALE),table_scale=$(SCALE)) $(if $(RESULTS_DIR),results.dir
 TABLES        := $(patsubst configs/table/table%.yaml,%,$(wildcard configs/table/table*.yaml))
 TABLE_TARGETS := $(addprefix reproduce-table,$(TABLES))
 
-.PHONY: help setup lint format test faults plan smoke claims dashboard wandb-push $(TABLE_TARGETS)
+.PHONY: help setup lint format test faults plan smoke status claims dashboard wandb-push $(TABLE_TARGETS)
 
 help: ## list every target
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -94,6 +94,9 @@ plan: $(STAMP) ## count parameters, bytes and memory before training; no weights
 smoke: $(STAMP) ## every table once with random tiny models, into outputs/smoke
 	@set -e; for n in $(TABLES); do \
 	  $(PY) scripts/tables.py table=table$$n table_scale=smoke results.dir='$(or $(RESULTS_DIR),outputs/smoke)' $(ARGS); done
+
+status: $(STAMP) ## cells by state, with an estimate of what is left (ARGS="table=table2 table_scale=small" for a table's, format=json)
+	@$(PY) scripts/status.py $(if $(RESULTS_DIR),results.dir='$(RESULTS_DIR)') $(ARGS)
 
 claims: $(STAMP) ## what the records say of the papers' claims, into results/claims.{md,csv,json}; runs nothing
 	@$(PY) scripts/claims.py $(if $(RESULTS_DIR),results.dir='$(RESULTS_DIR)') $(ARGS)

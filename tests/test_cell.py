@@ -163,7 +163,7 @@ def test_all_faults_are_told_at_once_each_with_key_value_and_what_is_allowed() -
         "trainer.lr='fast': must be a number above 0",
         "trainer.batch_size=2.5: must be a whole number of at least 1",
         "trainer.precision='fp8': must be bf16 or fp32",
-        "method.r1=0: must be a whole number of at least 1",
+        "method.r1=0: must be a whole number of at least 1, or near_square",
         "task.n=0: must be a whole number of at least 1, or null for all",
         "runtime.device='tpu': must be auto, cpu or cuda",
         "eval.chain_sum.grader='guess': must be one of " + ", ".join(GRADERS),

@@ -85,7 +85,8 @@ def _number(
 def one_of(*choices: Any) -> Rule:
     """One of a few values, of the same type as well: 16.0 is not 16, nor true 1."""
     names = [str(choice) for choice in choices]
-    listed = f"{', '.join(names[:-1])} or {names[-1]}" if len(names) <= 3 else f"one of {', '.join(names)}"
+    first = f"{', '.join(names[:-1])} or " if len(names) > 1 else ""
+    listed = f"{first}{names[-1]}" if len(names) <= 3 else f"one of {', '.join(names)}"
     return Rule(lambda value: any(type(value) is type(c) and value == c for c in choices), listed)
 
 
