@@ -96,7 +96,10 @@ def test_a_sweep_goes_on_behind_a_cell_that_cannot_run_and_trains_each_cell_once
     """r2=7 divides no dimension of the tiny model: its failure is one line and one record, and r2=8 still runs."""
     arguments = ["-m", "scale=smoke", "method=cdka", "method.r2=7,8", "runtime.save_every=2,3"]  # each cell twice
     process = script("train", *arguments, "runtime.progress=false", f"results.dir={tmp_path}/r", cwd=tmp_path)
-    out, err = process.communicate(timeout=120)
+    try:
+        out, err = process.communicate(timeout=500)
+    finally:
+        process.kill()
     assert process.returncode == 2
     expected = (
         "model.layers.0.self_attn.q_proj: r2=7 does not divide d_in=32; the nearest that do: 4 or 8 "
@@ -142,13 +145,16 @@ def test_ctrl_c_says_how_to_go_on_and_leaves_no_record(tmp_path: Path) -> None:
         "train", "scale=smoke", "trainer.max_steps=100000", "runtime.progress=false", f"results.dir={tmp_path}",
         cwd=tmp_path,
     )  # fmt: skip
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("checkpoints/*/loss.jsonl")) and process.poll() is None:
-        assert time.monotonic() < deadline, "training did not start"
-        time.sleep(0.05)
-    time.sleep(0.3)  # a few steps
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    try:
+        deadline = time.monotonic() + 300
+        while not list(tmp_path.glob("checkpoints/*/loss.jsonl")) and process.poll() is None:
+            assert time.monotonic() < deadline, "training did not start"
+            time.sleep(0.05)
+        time.sleep(0.3)  # a few steps
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=300)
+    finally:
+        process.kill()
     assert process.returncode == 130, err
     said = r"stopped by SIGINT at train (\d+)/100000 of CDKA .*; the same command goes on from here"
     found = re.fullmatch(said, err.splitlines()[-1])
