@@ -45,7 +45,7 @@ def cut(cell: Cell, step: int) -> None:
 
 def main(plan: Path) -> None:
     torch.set_num_threads(1)
-    processes.PATIENCE = datetime.timedelta(seconds=3)
+    processes.PATIENCE = datetime.timedelta(seconds=15)
     for job in json.loads(plan.read_text()):
         if job.get("elsewhere") and not processes.is_first():
             os.chdir(plan.parent)  # relative paths lead nowhere here

@@ -295,13 +295,21 @@ def test_one_process_does_not_go_on_with_split_parameters(fsdp: Runs) -> None:
 # ---- faults
 
 
-def test_a_failure_in_one_process_ends_both_with_its_own_words(tmp_path: Path, data_dir: Path) -> None:
-    """Process 1 has no data where it stands; process 0 waits for it in the first step."""
+@pytest.mark.parametrize("missing", ["data", "results"])
+def test_a_failure_in_one_process_ends_both_with_its_own_words(tmp_path: Path, data_dir: Path, missing: str) -> None:
+    """Process 1 stands elsewhere. Without data it cannot make itself ready; without a folder for results it fails where
+    process 0 waits for it in a collective."""
     where = tmp_path / "jobs"
     where.mkdir()
-    shutil.copytree(data_dir, tmp_path / "data")
-    overrides = [*CLASSIFIER, "method=cdka", "data.dir=data"]
-    jobs = [{"overrides": overrides, "results": str(tmp_path / "r"), "elsewhere": True}]
+    data, results = str(data_dir), str(tmp_path / "r")
+    if missing == "data":
+        shutil.copytree(data_dir, tmp_path / "data")
+        data = "data"
+    else:
+        (where / "r").touch()  # a file, where process 1 would make a folder
+        results = "r"
+    overrides = [*CLASSIFIER, "method=cdka", f"data.dir={data}"]
+    jobs = [{"overrides": overrides, "results": results, "elsewhere": True}]
     jobs += [{"overrides": ["method=none"], "results": str(tmp_path / "after")}]
     done = launch(jobs, where)
     assert done.returncode != 0
@@ -312,7 +320,7 @@ def test_a_failure_in_one_process_ends_both_with_its_own_words(tmp_path: Path, d
     failed = json.loads(path.read_text())
     assert failed["status"] == "failed"
     assert failed["error"].startswith("process 1 of 2 failed: ")
-    assert "train.tsv" in failed["error"]
+    assert {"data": "train.tsv", "results": "NotADirectoryError"}[missing] in failed["error"]
 
 
 @pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])

@@ -413,6 +413,7 @@ def _fit(
         the report, and the trained parameters if the processes have split them.
     """
     config = cell.config
+    processes.meet()  # some had a model to load
     report = train(
         network, rows, config["trainer"], directory=store.checkpoints(cell.train_id), seed=config["seed"],
         pad_id=tokenizer.pad_token_id, objective=objective,

@@ -16,6 +16,7 @@ import logging
 import os
 import pickle
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,7 +30,8 @@ from kronlab.errors import ConfigError, KronlabError
 
 T = TypeVar("T")
 
-PATIENCE = datetime.timedelta(seconds=10)  # for the others to end as this process did, once it has failed
+PATIENCE = datetime.timedelta(seconds=30)  # for the others to end as this process did, once it has failed
+_GLANCE_S = 0.1  # between looks at the store
 _UNENDING = datetime.timedelta(days=30)
 _PREFIX = "kronlab"
 
@@ -161,6 +163,25 @@ def together(work: Callable[[], T], helper: Callable[[], Any]) -> T:
     group = _joined()
     _call(group, pickle.dumps(helper))
     return _in_step(group, work)
+
+
+def meet() -> None:
+    """Within `together`: wait until every process is ready for collectives, however long that takes.
+
+    Behind it the processes are at the same place, so that one which fails need not wait long for the others to do so.
+
+    Raises:
+        ProcessError: a process could not make itself ready.
+    """
+    if count() == 1 or _group is None:
+        return
+    group = _group
+    group.store.set(f"ready/{group.calls}/{rank()}", "")
+    for other in range(count()):
+        while not group.store.check([f"ready/{group.calls}/{other}"]):
+            if group.store.check([f"failure/{group.calls}/1"]):
+                raise ProcessError("another process could not make itself ready")
+            time.sleep(_GLANCE_S)
 
 
 def agree(compute: Callable[[], T]) -> T:
