@@ -86,7 +86,7 @@ test: $(STAMP) ## the tests (ARGS="-k name" for some of them, WORKERS=n for more
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --dist loadfile -m "not slow" $(ARGS)
 
 faults: $(STAMP) ## break sweeps in every known way and see that nothing is lost (ARGS="--kills 500", ARGS=--quick)
-	OMP_NUM_THREADS=1 $(PY) tests/faults/campaign.py $(ARGS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) tests/faults/campaign.py $(ARGS)
 
 plan: $(STAMP) ## count parameters, bytes and memory before training; no weights needed
 	@$(PY) scripts/plan.py model=$(MODEL) method=$(METHOD) $(if $(FORMAT),format=$(FORMAT)) $(ARGS)

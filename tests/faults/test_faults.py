@@ -30,7 +30,7 @@ def test_the_quick_campaign_breaks_no_promise(tmp_path: Path) -> None:
     path = os.pathsep.join([str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
     ended = subprocess.run(
         [sys.executable, str(HERE / "campaign.py"), "--quick", "--out", str(out), "--keep", str(tmp_path / "work")],
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
     )
@@ -38,7 +38,7 @@ def test_the_quick_campaign_breaks_no_promise(tmp_path: Path) -> None:
     parts = json.loads(out.read_text())["parts"]
     assert parts["kills"]["kills"] >= 4
     assert parts["damaged"]["files"] >= 2
-    may_lack = {"full_disk", "read_only"}  # mounts of one's own are not allowed everywhere
+    may_lack = {"full_disk"}  # mounts of one's own are not allowed everywhere
     assert {name for name, part in parts.items() if part["outcome"] != "held"} <= may_lack
 
 
