@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 from torch import nn
 
 from kronlab import models
-from kronlab.adapters.quantized_base import bits_of, dequantise
+from kronlab.adapters.quantized_base import bits_of, dequantise, quantise_
+from kronlab.bench.cases import sharing_weights
 from kronlab.cell import Cell, compose_config
 from kronlab.errors import ConfigError, DimensionError, ModelError
 from kronlab.experiment import run_cell
@@ -118,6 +120,27 @@ def test_a_method_that_cannot_is_refused_by_name(make: Callable[..., Cell], over
 def test_dimensions_that_bitsandbytes_unpacks_wrongly_are_refused(make: Callable[..., Cell]) -> None:
     with pytest.raises(DimensionError, match="q_proj: d_in=32 is no multiple of 64, the block of 4-bit weights"):
         run_cell(make("model=tiny_llama", "method=cdka", "model.quantization=4bit"))
+
+
+def test_without_bitsandbytes_it_is_one_clear_line(make: Callable[..., Cell], monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(package: str) -> str:
+        raise metadata.PackageNotFoundError(package)
+
+    cell = make("method=cdka", "model.quantization=8bit")
+    monkeypatch.setattr(metadata, "version", absent)
+    with pytest.raises(ModelError, match="quantization=8bit needs bitsandbytes: pip install bitsandbytes"):
+        models.load_again(cell.config["model"], dtype=torch.float32, source="random")
+
+
+def test_quantising_a_copy_leaves_what_it_was_copied_from() -> None:
+    """A bias too, which bitsandbytes casts in place."""
+    layers = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 32))
+    copied = sharing_weights(layers)
+    before = {name: value.clone() for name, value in layers.state_dict().items()}
+    quantise_(copied, 8)
+    copied(torch.randn(3, 64).bfloat16())
+    assert all(torch.equal(value, before[name]) for name, value in layers.state_dict().items())
+    assert {value.dtype for value in layers.state_dict().values()} == {torch.float32}
 
 
 def test_a_model_without_linear_layers_is_refused() -> None:

@@ -163,8 +163,8 @@ def resolve_source(model: Mapping[str, Any]) -> str:
 def fingerprint(model: Mapping[str, Any], source: str) -> str:
     """A short content mark of the weights for the record: what a second machine must have to repeat the run."""
     if model.get("quantization"):
-        package = f"bitsandbytes=={importlib.metadata.version('bitsandbytes')}"
-        return f"{fingerprint({**model, 'quantization': None}, source)} in {model['quantization']} by {package}"
+        unquantised = fingerprint({**model, "quantization": None}, source)
+        return f"{unquantised} in {model['quantization']} by bitsandbytes=={_bitsandbytes(model['quantization'])}"
     if source == "random":
         return f"random:{model.get('init_seed', 0)}"
     if source == "pypi":
@@ -408,8 +408,7 @@ def quantise(network: nn.Module, quantization: str | None, *, device: str = "cpu
     """
     if quantization is None:
         return
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ModelError(f"model.quantization={quantization} needs bitsandbytes: pip install bitsandbytes")
+    _bitsandbytes(quantization)
     output = network.get_output_embeddings() if isinstance(network, PreTrainedModel) else None
     fp32 = tuple(getattr(network, "_keep_in_fp32_modules", None) or ())
     heads = tuple(head_modules(network)) if isinstance(network, PreTrainedModel) and output is None else ()
@@ -420,6 +419,14 @@ def quantise(network: nn.Module, quantization: str | None, *, device: str = "cpu
     }
     if quantise_(network, QUANTISATIONS[quantization], keep=keep, device=device) == 0:
         raise ModelError(f"{type(network).__name__} has no linear layer that bitsandbytes could quantise")
+
+
+def _bitsandbytes(quantization: str) -> str:
+    """Version of bitsandbytes; a ModelError where it is not installed."""
+    try:
+        return importlib.metadata.version("bitsandbytes")
+    except importlib.metadata.PackageNotFoundError:
+        raise ModelError(f"model.quantization={quantization} needs bitsandbytes: pip install bitsandbytes") from None
 
 
 def _draw_head(network: PreTrainedModel, seed: int) -> None:

@@ -143,7 +143,8 @@ def quantise_(model: nn.Module, bits: int, *, keep: Collection[str] = (), device
         else:
             how = {"quant_type": "nf4", "compress_statistics": True, "quant_storage": torch.uint8}
             new.weight = bnb.Params4bit(weight, requires_grad=False, module=new, **how).to(device)
-        new.bias = layer.bias
+        if layer.bias is not None:  # bitsandbytes casts it in place, and the model's copies may share it
+            new.bias = nn.Parameter(layer.bias.detach().clone().to(device), requires_grad=layer.bias.requires_grad)
         new.train(layer.training)
         model.set_submodule(name, new)
     setattr(model, f"is_loaded_in_{bits}bit", True)
