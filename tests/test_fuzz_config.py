@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from kronlab.cell import CONFIG_DIR, compose_config, make_cell
 from kronlab.errors import KronlabError
 from kronlab.experiment import run_cell
-from kronlab.validate import RULES, SOURCE_RULES, _rule_of, leaves, sources
+from kronlab.runs import Store
+from kronlab.validate import RULES, SCALES, SOURCE_RULES, _rule_of, faults, leaves, sources
 
 DRAWS = int(os.environ.get("KRONLAB_FUZZ_DRAWS", "60"))
 MADE_UP = f"data.dir={CONFIG_DIR.parent}/examples/made_up"
@@ -151,6 +152,17 @@ def test_an_unknown_key_is_an_error_that_names_the_nearest(typed: str, said: str
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_every_record_of_the_repository_obeys_the_rules() -> None:
+    """A rule that is too narrow would refuse a cell that has been run."""
+    store, seen = Store(CONFIG_DIR.parent / "results"), 0
+    for scale in SCALES:
+        for record in store.records(scale):
+            seen += 1
+            record["config"]["model"].pop("pretraining", None)  # there the id of its training
+            assert list(faults(record["config"], CONFIG_DIR)) == [], record["id"]
+    assert seen > 200
+
+
 def test_the_rules_are_about_keys_that_there_are() -> None:
     """A rule whose key was renamed guards nothing."""
     shipped = "\n".join(path.read_text() for path in CONFIG_DIR.rglob("*.yaml"))
@@ -160,4 +172,4 @@ def test_the_rules_are_about_keys_that_there_are() -> None:
     assert absent == set()
 
 
-_OPTIONAL = ("temperature", "top_p")  # of eval.*.generation.sampling, which is null in all shipped configs
+_OPTIONAL = ("shots", "temperature", "top_p")  # of evals; in no shipped config

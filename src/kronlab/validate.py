@@ -142,7 +142,6 @@ def section(inside: str) -> Rule:
 FLAG: Final = Rule(lambda value: isinstance(value, bool), "true or false")
 TEXT: Final = Rule(_is_text, "text that is not empty")
 FREE: Final = Rule(lambda value: isinstance(value, str) and "\0" not in value, "text")
-LINES: Final = several(TEXT, "texts that are not empty")
 STOPS: Final = several(Rule(lambda value: isinstance(value, str) and value != "", "text"), "texts that are not empty")
 COUNT: Final = whole(1)
 SHARE: Final = number(least=0, below=1)
@@ -276,7 +275,7 @@ RULES: Final[dict[str, Rule]] = {
     "eval.*.shots": Rule(_is_shots, "null, or n, split and separator"),
     "eval.*.max_length": or_null(COUNT),
     "eval.*.batch_size": COUNT,
-    "eval.*.by": LINES,
+    "eval.*.by": STOPS,
     "eval.*.k": several(COUNT, "whole numbers of at least 1", least=1),
     "eval.*.samples": COUNT,
     "eval.*.memory_mb": COUNT,
