@@ -55,9 +55,9 @@ def test_the_same_form_written_otherwise_is_the_same_cell(one: list[str], other:
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
-        (["bits=3"], "adapter_storage: bits=3 with kind=None is unknown; use 16 (fp16), 8 (int8), 4 (nf4), 4 (int4)"),
+        (["bits=3"], "adapter_storage.bits=3: must be 16, 8 or 4, or null"),
         (["bits=8", "kind=nf4"], "adapter_storage: bits=8 with kind='nf4' is unknown"),
-        (["kind=fp4"], "adapter_storage: bits=None with kind='fp4' is unknown"),
+        (["kind=fp4"], "adapter_storage.kind='fp4': must be one of fp16, int8, nf4, int4, or null"),
         (["bits=4", "group_size=7"], "adapter_storage: group_size=7 is not a positive even number"),
     ],
 )
