@@ -21,6 +21,8 @@ from safetensors.torch import load_file
 
 from kronlab import experiment, interrupt, models, sweep
 from kronlab.cell import Cell
+from kronlab.data import Example
+from kronlab.encode import Encoded, encode
 from kronlab.errors import Busy, CheckpointError
 from kronlab.experiment import run_cell
 from kronlab.runs import Store, read_jsonl, write_json
@@ -241,6 +243,29 @@ def test_weights_that_are_loaded_once_give_the_same_numbers(
     assert models.kept_bytes() == sum(p.numel() * 4 for p in network.parameters()) + sum(
         b.numel() * b.element_size() for b in network.buffers()
     )
+
+
+def test_examples_are_read_once_and_again_where_that_decides(
+    short: Callable[..., Cell], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenised: list[int] = []
+
+    def counted(example: Example, **how: Any) -> Encoded:
+        tokenised.append(how["max_length"])
+        return encode(example, **how)
+
+    monkeypatch.setattr(experiment, "encode", counted)
+    monkeypatch.setattr(experiment, "_read", None)
+    models._kept = None
+    known: set[tuple[str, str]] = set()
+    for overrides in ([], ["method=cdka"], ["task.n=12"], ["seed=1"], ["seed=1", "task.max_length=63"]):
+        before, cell = len(tokenised), short(*overrides, results=tmp_path)
+        run_cell(cell)
+        now = {(example.id, example.prompt) for example in experiment._examples(cell.config, cell.config["task"])}
+        if overrides == ["seed=1", "task.max_length=63"]:
+            known = set()
+        assert tokenised[before:] == [cell.config["task"]["max_length"]] * len(now - known), overrides
+        known = now
 
 
 def test_what_is_kept_is_never_given_away_and_follows_the_files(short: Callable[..., Cell], tmp_path: Path) -> None:

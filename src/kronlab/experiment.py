@@ -400,7 +400,31 @@ def _lessons(cell: Cell, network: nn.Module, tokenizer: Any) -> tuple[list[Examp
     """What a cell is trained on: its examples, their rows, and the loss."""
     examples = _examples(cell.config, cell.config["task"], length_fn=lambda text: len(tokenizer(text)["input_ids"]))
     read, objective = _road(cell.config, network, tokenizer)
-    return examples, [read(example) for example in examples], objective
+    return examples, _rows(cell.config, tokenizer, examples, read), objective
+
+
+# how the cell before read its examples, and each of them by its id: for a process of many cells
+_read: tuple[object, dict[str, tuple[Example, Encoded]]] | None = None
+
+
+def _rows(
+    config: dict[str, Any], tokenizer: Any, examples: list[Example], read: Callable[[Example], Encoded]
+) -> list[Encoded]:
+    """The examples as `read` gives them; those that the cell before had, with the same tokenizer, are read already."""
+    global _read
+    origin = models.origin(tokenizer)
+    if origin is None:
+        _read = None
+        return [read(example) for example in examples]
+    key = (origin, config["model"]["architecture"], config["task"]["max_length"])
+    known = _read[1] if _read is not None and _read[0] == key else {}
+    _read = None  # what is of no use goes before more is made
+    rows = []
+    for example in examples:
+        before, row = known.get(example.id, (None, None))
+        rows.append(row if row is not None and before == example else read(example))
+    _read = key, {example.id: (example, row) for example, row in zip(examples, rows, strict=True)}
+    return rows
 
 
 def _fit(

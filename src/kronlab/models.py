@@ -24,6 +24,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
+from weakref import WeakKeyDictionary
 
 import psutil
 import torch
@@ -294,6 +295,7 @@ class _Kept:
 
 
 _kept: _Kept | None = None
+_origins: WeakKeyDictionary[PreTrainedTokenizerBase, str] = WeakKeyDictionary()
 _KEPT_SHARE = 0.25  # of the memory that is free: larger weights are read again for every cell
 
 
@@ -313,7 +315,14 @@ def load_again(
         if _bytes(network) > _KEPT_SHARE * psutil.virtual_memory().available:
             return network, tokenizer
         _kept = _Kept(key, network, tokenizer)
-    return copy.deepcopy(_kept.network), copy.deepcopy(_kept.tokenizer)
+    tokenizer = copy.deepcopy(_kept.tokenizer)
+    _origins[tokenizer] = key
+    return copy.deepcopy(_kept.network), tokenizer
+
+
+def origin(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A key that two tokenizers of `load_again` share if they are copies of one; None: it was loaded for itself."""
+    return _origins.get(tokenizer)
 
 
 def kept_bytes() -> int:
