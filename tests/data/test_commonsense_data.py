@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from kronlab.data import load_examples
+from kronlab.data import available, load_examples
 from kronlab.data.commonsense import TASKS, Question, parse, write
 from kronlab.errors import ConfigError, DataError
 
@@ -145,3 +145,26 @@ def test_faults_are_one_clear_line(tmp_path: Path) -> None:
     (folder / "test.json").write_text(json.dumps([{"instruction": "What?", "output": "x", "answer": "solution1"}]))
     with pytest.raises(DataError, match=r"test.json row 0: field 'instruction' is not in LLM-Adapters' format of piqa"):
         _load("piqa", "choices", str(tmp_path))
+
+
+@pytest.mark.parametrize("form", ["choices", "instruction"])
+def test_validation_rows_are_kept_back_from_train(tmp_path: Path, form: str) -> None:
+    rows = [write(Question(f"which of {i}", ("a", "b", "c"), i % 3), "arc_easy") for i in range(20)]
+    for split in ("train", "test"):
+        path = tmp_path / "commonsense" / "ARC-Easy" / f"{split}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(rows))
+    source = {"name": "commonsense", "dataset": "arc_easy", "format": form}
+
+    def ids(split: str, **more: Any) -> set[str]:
+        found = load_examples(source | more, split=split, n=None, seed=0, data_dir=str(tmp_path))
+        return {example.id for example in found}
+
+    held, left = ids("validation", validation_rows=5), ids("train", validation_rows=5)
+    assert len(held) == 5
+    assert held | left == ids("train") == {f"arc_easy/train/{i}" for i in range(20)}
+    assert not held & left
+    assert ids("test", validation_rows=5) == ids("test")
+    assert available({**source, "validation_rows": 5}, "validation", str(tmp_path))[0]
+    with pytest.raises(ConfigError, match="validation_rows=None"):
+        ids("validation")

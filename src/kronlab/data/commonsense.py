@@ -14,7 +14,7 @@ Settings:
         gold is JSON, see `Question.gold`.
     prompt: template of the instruction format, fields instruction and question.
     hub, hub_config, hub_revision: the hub dataset.
-    subset (seeded | first), test_seed: see `kronlab.data.common.subset`.
+    subset (seeded | first), test_seed, validation_rows: see `kronlab.data.common.subset`.
 
 Local rows have no BoolQ passages, which lm-evaluation-harness' prompt begins with: there the question is asked alone.
 """
@@ -35,7 +35,7 @@ ALPACA: Final = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
-_KEYS = (*common.HUB_KEYS, "dataset", "format", "prompt", "subset", "test_seed")
+_KEYS = (*common.HUB_KEYS, "dataset", "format", "prompt", "subset", "test_seed", "validation_rows")
 _FORMATS = ("instruction", "choices")
 _EVERYTHING = "commonsense_170k"
 _BOOL_WORDS = ("false", "true")
@@ -152,7 +152,8 @@ def load(
         DataError: an instruction that is not in LLM-Adapters' format, or what `common.Place.rows` raises.
     """
     name, form = _dataset(source, split)
-    place = _place(source, split)
+    held_by = common.rows_split(source, split)
+    place = _place(source, held_by)
     path = common.find_local(data_dir, place.local)
     local = path is not None or name == _EVERYTHING
     required = _LOCAL_FIELDS if local else dict.fromkeys(TASKS[name].fields, object)
@@ -160,7 +161,7 @@ def load(
     template = Template(source.get("prompt", ALPACA), "commonsense prompt")
     examples = []
     for i in common.subset(source, len(rows), split=split, n=n, seed=seed):
-        id, row, where = f"{name}/{split}/{i}", rows[i], f"{path or place.hub} row {i}"
+        id, row, where = f"{name}/{held_by}/{i}", rows[i], f"{path or place.hub} row {i}"
         if form == "choices":
             question = parse(row["instruction"], row["answer"], name, where) if local else TASKS[name].read(row)
             examples.append(_choices(id, question, name))
@@ -175,7 +176,7 @@ def load(
 def probe(source: Mapping[str, Any], split: str, data_dir: str | None) -> tuple[bool, str]:
     """See `kronlab.data.available`."""
     _dataset(source, split)
-    return _place(source, split).probe(data_dir)
+    return _place(source, common.rows_split(source, split)).probe(data_dir)
 
 
 def parse(instruction: str, answer: str, name: str, where: str) -> Question:
@@ -247,7 +248,7 @@ def _context(question: Question, name: str) -> str:
 
 def _dataset(source: Mapping[str, Any], split: str) -> tuple[str, str]:
     common.check_keys(source, _KEYS)
-    common.check_split("commonsense", split, ("train", "test"))
+    common.check_split("commonsense", split, ("train", "validation", "test"))
     name, form = source.get("dataset"), common.choose(source, "format", _FORMATS)
     known = (*TASKS, _EVERYTHING)
     if name not in known:
