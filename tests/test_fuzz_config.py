@@ -97,7 +97,8 @@ def check(base: str, path: str, value: str, results: Path) -> None:
     for file in results.rglob("*"):
         assert not file.name.endswith((".part", ".tmp")), f"{file} is half a file"
         assert not (file.is_file() and file.name.startswith(".")), f"{file} is half a file"
-        if file.suffix == ".json" and "checkpoint-" not in str(file):
+        leased = file.parent.parent.name == "running"  # a lease that was given back is empty
+        if file.suffix == ".json" and "checkpoint-" not in str(file) and not leased:
             json.loads(file.read_text())
 
 
