@@ -83,7 +83,7 @@ format: $(STAMP) ## put the code into ruff's format, with the fixes that are saf
 	$(PY) -m ruff format .
 
 test: $(STAMP) ## the tests (ARGS="-k name" for some of them, WORKERS=n for more processes; ARGS="-m slow" for those of many processes)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --dist loadfile -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --dist loadfile --durations=30 -m "not slow" $(ARGS)
 
 faults: $(STAMP) ## break sweeps in every known way and see that nothing is lost (ARGS="--kills 500", ARGS=--quick)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) tests/faults/campaign.py $(ARGS)
