@@ -28,6 +28,8 @@ class Generation(Harness):
         for key in ("max_new_tokens", "batch_size"):
             if not positive(settings["generation"][key]):
                 yield f"eval.{name}.generation.{key}={settings['generation'][key]!r}: must be a whole number above 0"
+        if not positive(settings.get("max_length")):
+            yield f"eval.{name}.max_length={settings.get('max_length')!r}: must be a whole number of at least 1"
 
     def collect(self, subject: Subject, batch: Sequence[Example], settings: Settings) -> list[Row]:
         prompts = [example.prompt for example in batch]
