@@ -266,18 +266,20 @@ def test_make_targets_named_in_the_readme_exist() -> None:
 
 
 @pytest.mark.parametrize("with_data", [True, False])
-def test_ci_runs_lint_then_the_readme_test_command(tmp_path: Path, with_data: bool) -> None:
+def test_ci_runs_lint_then_the_readme_test_command_then_the_faults(tmp_path: Path, with_data: bool) -> None:
     checkout = tmp_path / "checkout"
     (checkout / ".ci").mkdir(parents=True)
     shutil.copy(ROOT / ".ci/run", checkout / ".ci/run")
-    (checkout / "Makefile").write_text('lint test:\n\t@echo "make $@ $${KRONLAB_DATA-unset}"\n')
+    (checkout / "Makefile").write_text('lint test:\n\t@echo "make $@ $(ARGS) $${KRONLAB_DATA-unset}"\n')
     data = tmp_path / "shared/data"
     if with_data:
         data.mkdir(parents=True)
     done = subprocess.run([checkout / ".ci/run"], cwd="/", env=ENV, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     seen = str(data) if with_data else "unset"
-    assert done.stdout.splitlines() == [f"make lint {seen}", f"make test {seen}"]
+    told = [line.split() for line in done.stdout.splitlines()]
+    slow = ["-m", "slow", "tests/faults"]
+    assert told == [["make", "lint", seen], ["make", "test", seen], ["make", "test", *slow, seen]]
 
 
 def test_ci_fails_when_lint_fails(tmp_path: Path) -> None:
