@@ -148,21 +148,24 @@ def _of_cells(spec: Spec, scale: str, results: Path) -> Iterator[Section]:
     table, rows = recorded_table(spec, scale, results)
     if not any(record is not None for row in rows for record in row.records):
         return
-    behind = {key: _behind(key, rows) for key in table.keys}
     source = Source(spec, scale, rows, results)
     baselines = {row.key: baseline_of(row, rows, spec["baseline"]) for row in rows}
-    yield Section(
-        table,
-        number=spec["name"],
-        about=_about(spec, scale),
-        command=_command(spec, scale),
-        rows=behind,
-        baselines={
-            key: _same_place(key, row, reference) for key, row in behind.items() if (reference := baselines[row.key])
-        },
-        methods={key: source.method(row) for key, row in behind.items()},
-        charts=charts_of(source),
-    )
+    for part in (table, *table.more):
+        behind = {key: _behind(key, rows) for key in part.keys}
+        yield Section(
+            part,
+            number=spec["name"],
+            about=_about(spec, scale),
+            command=_command(spec, scale),
+            rows=behind,
+            baselines={
+                key: _same_place(key, row, reference)
+                for key, row in behind.items()
+                if (reference := baselines[row.key])
+            },
+            methods={key: source.method(row) for key, row in behind.items()},
+            charts=charts_of(source) if part is table else (),
+        )
 
 
 def _behind(key: str, rows: list[RowResult]) -> RowResult:

@@ -196,7 +196,8 @@ def _from_cells(spec: Mapping[str, Any], scale: str, request: Request) -> Table 
         written += draw(spec, scale, finished, Path(request.results_dir) / "figures" / scale)
     for path in written:
         log.info("wrote %s", path)
-    log.info("\n%s", table.markdown())
+    for shown in (table, *table.more):
+        log.info("\n%s", shown.markdown())
     if failed:
         raise KronlabError("\n".join(failed))
     return table

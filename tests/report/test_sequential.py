@@ -12,9 +12,10 @@ import pytest
 import yaml
 
 from kronlab.cell import CONFIG_DIR
+from kronlab.errors import ConfigError
 from kronlab.layout import plan
 from kronlab.report.figures import draw
-from kronlab.report.sequential import Task, arm, build, pairs_of, retention, trained_on
+from kronlab.report.sequential import Task, arm, backward, build, chains_of, pairs_of, retention, tasks_of, trained_on
 from kronlab.report.tables import RowResult
 
 N = 40
@@ -192,6 +193,64 @@ def test_the_table(tmp_path: Path) -> None:
     assert "\\to" in (tmp_path / "table10.tex").read_text()
 
 
+C = Task("c", "c", "acc", "Task C")
+CHAINED: dict[str, Any] = {
+    **SPEC,
+    "tasks": {name: {"eval": name, "metric": "acc", "title": f"Task {name.upper()}"} for name in "abc"},
+    "scales": {"mini": {**SPEC["scales"]["mini"], "chains": [["a", "b", "c"]]}},
+}
+
+
+def chained(method: str, a: Sequence[int], b: Sequence[int], c: int) -> RowResult:
+    """One seed: right on a after a, a-b, a-b-c; on b after a-b, a-b-c; on c after a-b-c."""
+    return RowResult(
+        method,
+        f"{method} r=8",
+        [
+            record(method, "a", 0, a=first(a[0])),
+            record(method, "b", 0, b=first(30)),
+            record(method, "ab", 0, a=first(a[1]), b=first(b[0])),
+            record(method, "ba", 0, a=first(30), b=first(30)),
+            record(method, "abc", 0, a=first(a[2]), b=first(b[1]), c=first(c)),
+        ],
+    )
+
+
+def test_a_longer_chain_is_a_table_of_its_own(tmp_path: Path) -> None:
+    lora, kron = chained("lora", (32, 24, 12), (28, 20), 16), chained("kron_lora", (32, 28, 24), (28, 26), 16)
+    transfer = backward(lora, [A, B, C])
+    assert transfer is not None
+    assert transfer.mean == pytest.approx(((12 - 32) + (20 - 28)) / 2 / N)
+    assert backward(lora, [A]) is None
+    table = build(CHAINED, "mini", [BASE, lora, kron])
+    (chain,) = table.more
+    assert chain.groups[::2] == ["Task A", "Task A → Task B", "Task A → Task B → Task C"]
+    by_title = {column.title: column.values for column in chain.columns}
+    assert by_title["Task A (%)"] == pytest.approx([80, 80, 60, 70, 30, 60])
+    assert by_title["Task B (%)"] == [None, None, *map(pytest.approx, (70, 70, 50, 65))]
+    assert by_title["Task C (%)"] == [None] * 4 + [pytest.approx(40)] * 2
+    assert by_title["mean of the tasks so far (%)"] == pytest.approx([80, 80, 65, 70, 40, 55])
+    assert by_title["backward transfer (points)"] == [None, None, *map(pytest.approx, (-20, -10, -35, -12.5))]
+    assert by_title["mean so far: difference to lora r=8 (points)"][1::2] == pytest.approx([0, 5, 15])
+    assert {path.name for path in table.write(tmp_path)} >= {"table10.md", "table10-chains.md", "table10-chains.csv"}
+
+
+def test_a_chain_that_lacks_a_stage_shows_what_there_is() -> None:
+    lora = chained("lora", (32, 24, 12), (28, 20), 16)
+    records = [r for r in lora.records if r is not None]
+    (chain,) = build(CHAINED, "mini", [RowResult("lora", "LoRA", [*records[:2], *records[3:]])]).more
+    assert next(c.values for c in chain.columns if c.title == "Task A (%)") == [80, None, 30]
+    assert next(c.values for c in chain.columns if c.title.startswith("backward")) == [None, None, None]
+    assert build(CHAINED, "mini", [RowResult("lora", "LoRA", records[:4])]).more == [], "nothing of it was run"
+    assert chains_of(SPEC, "mini") == []
+
+
+def test_a_chain_of_unknown_tasks_is_one_line() -> None:
+    spec = {**CHAINED, "scales": {"mini": {**CHAINED["scales"]["mini"], "chains": [["a", "b", "z"]]}}}
+    with pytest.raises(ConfigError, match="scale mini: chains: no task 'z'; it has a, b, c"):
+        build(spec, "mini", [BASE, LORA])
+
+
 def test_a_mean_needs_every_pair() -> None:
     records = [r for r in LORA.records if r is not None and trained_on(r) != ("b", "a")]
     table = build(SPEC, "mini", [RowResult("lora", "LoRA", [*records, None, None])])
@@ -228,11 +287,13 @@ def test_the_figure_draws_both_ends_of_each_pair(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("scale", ["smoke", "mini", "small"])
-def test_arms_of_table_10_are_its_tasks_and_all_their_pairs(scale: str) -> None:
+def test_arms_of_table_10_are_its_tasks_all_their_pairs_and_its_chains(scale: str) -> None:
     spec = yaml.safe_load((CONFIG_DIR / "table" / "table10.yaml").read_text())
     layout = spec["scales"][scale]
     pairs = pairs_of(spec, scale)
-    assert set(layout["arms"]) == {*layout["tasks"], *(f"{a.name}>{b.name}" for a, b in pairs)}
+    orders = [(task,) for task in tasks_of(spec, scale)] + [*pairs]
+    orders += [tuple(chain[:k]) for chain in chains_of(spec, scale) for k in range(1, len(chain) + 1)]
+    assert set(layout["arms"]) == {">".join(task.name for task in order) for order in orders}
     one = {**spec, "scales": {scale: {**layout, "rows": ["lora"], "seeds": [0]}}}
     (row,), _ = plan(one, scale, weights_needed=False, every_eval=True)
     for part in row.parts:
@@ -243,10 +304,10 @@ def test_arms_of_table_10_are_its_tasks_and_all_their_pairs(scale: str) -> None:
             assert judged["eval"] in part.cell.config["eval"]
             metrics = part.cell.config["eval"][judged["eval"]].get("metrics")
             assert metrics is None or metrics[0] == judged["metric"], "the metric that the samples are of"
-    trained_alone = {part.arm: part.cell.train_id for part in row.parts if ">" not in part.arm}
+    trained_as = {part.arm: part.cell.train_id for part in row.parts}
     for part in row.parts:
         if part.cell.before is not None:
-            assert part.cell.before.train_id == trained_alone[part.arm.partition(">")[0]], "stage one is shared"
+            assert part.cell.before.train_id == trained_as[part.arm.rpartition(">")[0]], "what came before is shared"
 
 
 def test_rows_of_table_11_share_their_training() -> None:

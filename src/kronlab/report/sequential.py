@@ -1,10 +1,14 @@
-"""Tables of sequential fine-tuning: what a method keeps of task i when it goes on to task j. Reads records only.
+"""Tables of sequential fine-tuning: what a method keeps of task i when it goes on to others. Reads records only.
 
 With A_i(...) the accuracy on task i after training on the tasks in brackets, in order, with one adapter:
 
     kept accuracy       A_i(i, j)                 kept share   A_i(i, j) / A_i(i)
     forgetting          A_i(i) - A_i(i, j)
     forward transfer    A_j(i, j) - A_j(j)
+
+and along a chain of tasks 1, 2, ... k:
+
+    backward transfer   mean over i < k of A_i(1, ... k) - A_i(1, ... i)    (Lopez-Paz & Ranzato, arXiv 1706.08840)
 
 Differences are paired: same seeds, same test samples (`kronlab.report.paired`). The interval of the share k is that of
 the mean of A_i(i, j) - k·A_i(i), over A_i(i): the linearisation of a ratio at its estimate.
@@ -20,7 +24,18 @@ from dataclasses import dataclass, replace
 from itertools import permutations
 from typing import Any
 
-from kronlab.report.paired import DRAWS, Difference, baseline_of, difference, metric_values, seed_means
+from kronlab.errors import ConfigError
+from kronlab.report.paired import (
+    DRAWS,
+    Difference,
+    Term,
+    baseline_of,
+    contrast,
+    difference,
+    mean_difference,
+    metric_values,
+    seed_means,
+)
 from kronlab.report.tables import Column, RowResult, Table, notes_below
 from kronlab.runs import DONE
 
@@ -64,6 +79,17 @@ def tasks_of(spec: Mapping[str, Any], scale: str) -> list[Task]:
 def pairs_of(spec: Mapping[str, Any], scale: str) -> list[tuple[Task, Task]]:
     """Every ordered pair of the tasks of a scale."""
     return list(permutations(tasks_of(spec, scale), 2))
+
+
+def chains_of(spec: Mapping[str, Any], scale: str) -> list[list[Task]]:
+    """The longer chains of a scale, each of the tasks that the table knows; none where it has none."""
+    chains = spec["scales"][scale].get("chains") or []
+    for name in (name for chain in chains for name in chain):
+        if name not in spec["tasks"]:
+            raise ConfigError(
+                f"{spec['name']}, scale {scale}: chains: no task {name!r}; it has {', '.join(spec['tasks'])}"
+            )
+    return [[Task(name, **spec["tasks"][name]) for name in chain] for chain in chains]
 
 
 def trained_on(record: Record) -> tuple[str, ...]:
@@ -173,7 +199,73 @@ def build(spec: Mapping[str, Any], scale: str, rows: Sequence[RowResult], *, ext
         groups=groups,
         group_title="first → second task",
         seeds=_every_seed(spec, scale, rows),
+        more=_chains(spec, scale, methods),
     )
+
+
+def _chains(spec: Mapping[str, Any], scale: str, methods: Sequence[RowResult]) -> list[Table]:
+    """The table of the longer chains: every stage of each, every method; none where nothing has been recorded."""
+    chains = chains_of(spec, scale)
+    stages = list(dict.fromkeys(tuple(chain[:k]) for chain in chains for k in range(1, len(chain) + 1)))
+    tasks = list(dict.fromkeys(task for stage in stages for task in stage))
+    shown = [(stage, row, _after(row, stage)) for stage in stages for row in methods]
+    if not any(after.records for stage, _, after in shown if len(stage) > 2):
+        return []
+
+    def accuracy(task: Task) -> list[float | None]:
+        return [_mean(after, task) if task in stage else None for stage, _, after in shown]
+
+    def mean(stage: Sequence[Task], after: RowResult) -> float | None:
+        found = seed_means(after, _judged(stage))
+        return statistics.fmean(value for value, _ in found.values()) if found else None
+
+    references = [baseline_of(row, methods, spec["baseline"]) for _, row, _ in shown]
+    apart = [
+        None if reference is None else mean_difference(after, _after(reference, stage), _judged(stage))
+        for (stage, _, after), reference in zip(shown, references, strict=True)
+    ]
+    paired = "Paired, with 95 % intervals"
+    baseline = _label(methods, spec["baseline"])
+    table = Table(
+        name=f"{spec['name']}-chains",
+        scale=scale,
+        title="Longer chains of tasks, one adapter",
+        labels=[row.label for _, row, _ in shown],
+        keys=[f"{'>'.join(task.name for task in stage)}/{row.key}" for stage, row, _ in shown],
+        columns=[
+            *[_score(f"{task.title} (%)", accuracy(task)) for task in tasks],
+            _score("mean of the tasks so far (%)", [mean(stage, after) for stage, _, after in shown]),
+            _interval("backward transfer (points)", [backward(row, stage) for stage, row, _ in shown], paired),
+            _interval(f"mean so far: difference to {baseline} (points)", apart, paired),
+        ],
+        notes=[
+            f"Setting, seeds and rates: those of {spec['name']}, whose `seeds.csv` has every value.",
+            "Backward transfer: mean over the earlier tasks of the accuracy now minus the accuracy when the task had "
+            "just been learnt; negative: forgotten.",
+            _on_intervals()[1].removesuffix(" Means over pairs have none: pairs share tasks."),
+        ],
+        groups=[" → ".join(task.title for task in stage) for stage, _, _ in shown],
+        group_title="trained on",
+    )
+    return [table]
+
+
+def backward(row: RowResult, chain: Sequence[Task]) -> Difference | None:
+    """Backward transfer along a chain; None for a chain of one task, and where a record is missing."""
+    earlier = range(1, len(chain))
+    now = _after(row, chain)
+    terms = [
+        Term(1 / len(earlier), now, _after(row, chain[:k]), chain[k - 1].eval, chain[k - 1].metric) for k in earlier
+    ]
+    return contrast(terms) if terms else None
+
+
+def _after(row: RowResult, chain: Sequence[Task]) -> RowResult:
+    return arm(row, *[task.name for task in chain])
+
+
+def _judged(tasks: Sequence[Task]) -> list[tuple[str, str]]:
+    return [(task.eval, task.metric) for task in tasks]
 
 
 def _label(rows: Sequence[RowResult], key: str) -> str:

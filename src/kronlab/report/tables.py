@@ -292,6 +292,7 @@ class Table:
     Attributes:
         groups: of each row, shown first under `group_title`; empty: rows have none.
         seeds: what goes into `<name>.seeds.csv`, the single values behind the means; empty: there is no such file.
+        more: tables of the same records in another form, written beside it under names of their own.
     """
 
     name: str
@@ -305,6 +306,7 @@ class Table:
     groups: list[str] = field(default_factory=list)
     group_title: str = "model"
     seeds: str = ""
+    more: Sequence[Table] = ()
 
     def _names(self) -> tuple[list[str], list[list[str]]]:
         """What names the rows: titles, and for each row its group (if there are groups) and label."""
@@ -370,7 +372,7 @@ class Table:
                 scratch.write_text(text)
                 scratch.replace(path)
                 written.append(path)
-        return written
+        return written + [path for table in self.more for path in table.write(directory)]
 
 
 def _number(title: str, value: float) -> str:
