@@ -347,6 +347,10 @@ def _notes(spec: Mapping[str, Any], scale: str, record: Mapping[str, Any], label
         "it holds the interpreter, the packages, the weights and what the allocator keeps.",
         _machine_note(record),
     ]
+    if any(spec["rows"][key].get("quantization") == "4bit" for key in labels):
+        notes.append(
+            "On a base of 4 bits MFLOPs/token leaves out the base's own products, made in a kernel of bitsandbytes."
+        )
     if any(spec["rows"][key].get("published") for key in labels):
         notes.append(" ".join(spec["published"]["note"].split()))
     made_by = f"make reproduce-{spec['name']} SCALE={scale}" if record["name"] == spec["name"] else record["command"]
