@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from kronlab import models
 from kronlab.cell import Cell, compose_config
@@ -76,6 +77,15 @@ def test_nothing_is_cut_off_the_longest_prompt() -> None:
     row = encode(example, models.byte_tokenizer(), causal=True, max_length=limit)
     assert (len(row), row.truncated) == (16_384 + 8, False)
     assert sum(label != IGNORED for label in row.labels) == 8
+
+
+def test_of_mixed_lengths_nothing_is_cut_off_either() -> None:
+    task = compose_config(["scale=smoke", "task=retrieve_sum_lengths"]).task
+    source: Any = OmegaConf.to_container(task.source)
+    examples = load_examples(source, split="train", n=10, seed=0, data_dir=None)
+    rows = [encode(e, models.byte_tokenizer(), causal=True, max_length=task.max_length) for e in examples]
+    assert sorted(len(row) - 8 for row in rows) == [512] * 6 + [2048] * 3 + [8192]
+    assert not any(row.truncated for row in rows)
 
 
 # ---- rotary positions
