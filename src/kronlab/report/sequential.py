@@ -40,6 +40,11 @@ from kronlab.report.tables import Column, RowResult, Table, notes_below
 from kronlab.runs import DONE
 
 Record = Mapping[str, Any]
+_PAIRED = "Paired, with 95 % intervals"
+_INTERVALS = (
+    "Intervals: 95 %, same test samples, same seeds, over test samples and, where there are several, seeds "
+    f"({DRAWS:,} bootstrap draws). *: it excludes 0, without correction for the number of comparisons."
+)
 
 
 @dataclass(frozen=True)
@@ -125,8 +130,8 @@ def retention(row: RowResult, first: Task, second: Task) -> Retention:
     )
 
 
-def _mean(row: RowResult, task: Task) -> float | None:
-    found = seed_means(row, [(task.eval, task.metric)])
+def _mean(row: RowResult, *tasks: Task) -> float | None:
+    found = seed_means(row, _judged(tasks))
     return statistics.fmean(value for value, _ in found.values()) if found else None
 
 
@@ -215,16 +220,11 @@ def _chains(spec: Mapping[str, Any], scale: str, methods: Sequence[RowResult]) -
     def accuracy(task: Task) -> list[float | None]:
         return [_mean(after, task) if task in stage else None for stage, _, after in shown]
 
-    def mean(stage: Sequence[Task], after: RowResult) -> float | None:
-        found = seed_means(after, _judged(stage))
-        return statistics.fmean(value for value, _ in found.values()) if found else None
-
     references = [baseline_of(row, methods, spec["baseline"]) for _, row, _ in shown]
     apart = [
         None if reference is None else mean_difference(after, _after(reference, stage), _judged(stage))
         for (stage, _, after), reference in zip(shown, references, strict=True)
     ]
-    paired = "Paired, with 95 % intervals"
     baseline = _label(methods, spec["baseline"])
     table = Table(
         name=f"{spec['name']}-chains",
@@ -234,15 +234,15 @@ def _chains(spec: Mapping[str, Any], scale: str, methods: Sequence[RowResult]) -
         keys=[f"{'>'.join(task.name for task in stage)}/{row.key}" for stage, row, _ in shown],
         columns=[
             *[_score(f"{task.title} (%)", accuracy(task)) for task in tasks],
-            _score("mean of the tasks so far (%)", [mean(stage, after) for stage, _, after in shown]),
-            _interval("backward transfer (points)", [backward(row, stage) for stage, row, _ in shown], paired),
-            _interval(f"mean so far: difference to {baseline} (points)", apart, paired),
+            _score("mean of the tasks so far (%)", [_mean(after, *stage) for stage, _, after in shown]),
+            _interval("backward transfer (points)", [backward(row, stage) for stage, row, _ in shown], _PAIRED),
+            _interval(f"mean so far: difference to {baseline} (points)", apart, _PAIRED),
         ],
         notes=[
             f"Setting, seeds and rates: those of {spec['name']}, whose `seeds.csv` has every value.",
             "Backward transfer: mean over the earlier tasks of the accuracy now minus the accuracy when the task had "
             "just been learnt; negative: forgotten.",
-            _on_intervals()[1].removesuffix(" Means over pairs have none: pairs share tasks."),
+            _INTERVALS,
         ],
         groups=[" → ".join(task.title for task in stage) for stage, _, _ in shown],
         group_title="trained on",
@@ -283,16 +283,15 @@ def _kept_difference(
 
 
 def _columns(found: Sequence[Retention], kept: Sequence[Difference | None], baseline: str) -> list[Column]:
-    paired = "Paired, with 95 % intervals"
     return [
         _score("first task, alone (%)", [r.first for r in found]),
         _score("first task, after the second (%)", [r.kept for r in found]),
         _score("second task, alone (%)", [r.second for r in found]),
         _score("second task, after the first (%)", [r.reached for r in found]),
-        _interval("kept share (%)", [r.share for r in found], paired, signed=False),
-        _interval("forgetting (points)", [r.forgetting for r in found], paired),
-        _interval("forward transfer (points)", [r.transfer for r in found], paired),
-        _interval(f"first task, after the second: difference to {baseline} (points)", kept, paired),
+        _interval("kept share (%)", [r.share for r in found], _PAIRED, signed=False),
+        _interval("forgetting (points)", [r.forgetting for r in found], _PAIRED),
+        _interval("forward transfer (points)", [r.transfer for r in found], _PAIRED),
+        _interval(f"first task, after the second: difference to {baseline} (points)", kept, _PAIRED),
     ]
 
 
@@ -380,9 +379,7 @@ def _on_intervals() -> list[str]:
     return [
         "Forgetting: first task alone minus first task after the second. Forward transfer: second task after the first "
         "minus second task alone. Kept share: first task after the second, in percent of what it was alone.",
-        "Intervals: 95 %, same test samples, same seeds, over test samples and, where there are several, seeds "
-        f"({DRAWS:,} bootstrap draws). *: it excludes 0, without correction for the number of comparisons. Means over "
-        "pairs have none: pairs share tasks.",
+        f"{_INTERVALS} Means over pairs have none: pairs share tasks.",
     ]
 
 
