@@ -182,3 +182,7 @@ def test_a_module_with_several_names_is_refused(make_config: MakeConfig) -> None
     model["b"].append(model["a"][0])
     with pytest.raises(UnsupportedLayerError, match=r"^a\.0: the same module is also b\.0, where an adapter on a\.0"):
         get_peft_model(model, make_config(target_modules=["0"]))
+    model = nn.Sequential(nn.Linear(8, 8))
+    model.append(model[0])
+    with pytest.raises(UnsupportedLayerError, match=r"^0: the same module is also 1, where an adapter on 0"):
+        get_peft_model(model, make_config(target_modules=["0"]))

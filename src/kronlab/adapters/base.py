@@ -665,7 +665,9 @@ class KronModel(BaseTuner):
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        self._places = _places(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self._places = {}
         config = self.peft_config[adapter_name]
         names = [name for name, layer in adapter_layers(model) if adapter_name in layer.components]
         for field_name, patterns in config._patterns():
@@ -712,7 +714,7 @@ class KronModel(BaseTuner):
             target.update_layer(adapter_name, peft_config, current_key)
             return
         _check_supported(target, current_key)
-        _check_called(self.model, target, current_key)
+        _check_called(self.model, target, current_key, self._places[target])
         layer_cls = self.embedding_layer_cls if isinstance(target, nn.Embedding) else self.tuner_layer_cls
         layer = layer_cls(target, adapter_name, peft_config, current_key)
         if adapter_name not in self.active_adapters:
@@ -957,18 +959,22 @@ def _check_supported(target: Any, name: str) -> None:
         raise UnsupportedLayerError(f"{name}: {kind} {reason}")
 
 
-def _check_called(model: nn.Module, target: nn.Module, name: str) -> None:
+def _places(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Every name that each module has in the model: as a rule one."""
+    found: dict[nn.Module, list[str]] = {}
+    for parent_name, parent in model.named_modules():
+        for child_name, child in parent._modules.items():  # named_children leaves out a child's second name
+            if child is not None:
+                found.setdefault(child, []).append(f"{parent_name}.{child_name}".lstrip("."))
+    return found
+
+
+def _check_called(model: nn.Module, target: nn.Module, name: str, places: Sequence[str]) -> None:
     """Raise UnsupportedLayerError where the model would (also) call another module than the adapted one.
 
     That is so for one module under several names, of which PEFT replaces one, and for the table of an encoder-decoder
     model, whose weight encoder and decoder have in embeddings of their own.
     """
-    places = [
-        f"{parent_name}.{child_name}".lstrip(".")
-        for parent_name, parent in model.named_modules()
-        for child_name, child in parent.named_children()
-        if child is target
-    ]
     others = [place for place in places if place != name]
     if len(places) > 1:
         raise UnsupportedLayerError(
