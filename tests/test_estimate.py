@@ -103,10 +103,19 @@ def test_what_is_not_known_is_none() -> None:
     assert set(estimate(cell("scale=mini", "task=gsm8k")).seconds.values()) == {None}
 
 
+def science(*overrides: str) -> dict[str, Any]:
+    return dict(cell("scale=small", *overrides).science)
+
+
 def record(task: str, method: str, seconds: float, *, examples: int = 100, name: str = "gsm8k") -> dict[str, Any]:
     return {
-        "config": {"task": {"name": task}, "method": {"name": method}},
-        "train": {"examples": examples, "seconds": seconds, "tokens": examples * 50},
+        "config": science(f"task={task}", f"method={method}"),
+        "train": {
+            "examples": examples,
+            "seconds": seconds,
+            "tokens": examples * 50,
+            "peak_memory_bytes": round(seconds) * 2**20,
+        },
         "eval": {name: {"metrics": {"exact_match": {"n": 10}}, "seconds": 20.0}},
     }
 
@@ -123,6 +132,14 @@ def test_pace_of_records() -> None:
     arc = cell("scale=small", "task=arc_easy", "task.n=50", "eval_n=30", "method=lora").config
     assert pace.seconds(arc) == pytest.approx(50 * 35 * 0.06 + 30 * 60 * 0.06)
     assert Pace.of([]).seconds(arc) is None
+
+
+def test_memory_is_what_the_same_training_took() -> None:
+    pace = Pace.of([record("gsm8k", "lora", 100), record("gsm8k", "lora", 300), record("gsm8k", "cdka", 400)])
+    assert pace.peak(science("task=gsm8k", "method=lora", "task.n=5", "seed=3", "trainer.lr=1e-5")) == 300 * 2**20
+    for other in ("method.r=3", "task.max_length=9", "trainer.micro_batch_size=1", "trainer.precision=fp32"):
+        assert pace.peak(science("task=gsm8k", "method=lora", other)) is None, other
+    assert pace.peak(science("task=gsm8k", "method=none")) is None
 
 
 # ---- in words
@@ -153,6 +170,7 @@ def test_done_cells_are_in_no_total_and_their_pace_counts(make: Callable[..., Ce
     after = describe([done, left], Store(tmp_path))
     assert "1 cell, " in after[1]
     assert "s on a CPU" in after[1]
+    assert " GiB as measured, 1 cell, " in after[1]
     assert "unknown" not in after[1]
     assert not any("weights:" in line or "data:" in line for line in after)  # random, and generated
     run_cell(left)

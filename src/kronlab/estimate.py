@@ -7,8 +7,9 @@ On a GPU nothing was measured by us, so hours are arithmetic: T tokens in traini
     + 2 N T                  with gradient checkpointing, a second forward
 
 and grading 2 N for each token read, at a stated share of the card's peak; decoding reads all weights once a step. On
-a CPU, hours come from the records of the same model alone. What is not known is None and shown as unknown. The
-assumptions and the sizes of the public sets stand in configs/estimate.yaml.
+a CPU, hours come from the records of the same model alone, and so does memory where the same training was measured.
+What is not known is None and shown as unknown. The assumptions and the sizes of the public sets stand in
+configs/estimate.yaml.
 """
 
 from __future__ import annotations
@@ -52,11 +53,14 @@ class Estimate:
         size: parameters of base and method.
         memory_bytes: of training on one device, if every row is as long as `task.max_length`; 0 if nothing is trained.
         seconds: by device ("A100 80 GB", or "CPU"); None: unknown.
+        measured_bytes: the most that a process which did the same training on a CPU has held, interpreter and
+            libraries included, which `memory_bytes` does not count; None: unknown.
     """
 
     size: Size
     memory_bytes: int
     seconds: Mapping[str, float | None]
+    measured_bytes: int | None = None
 
 
 # ---- sizes
@@ -152,6 +156,14 @@ def gpu_seconds(config: Mapping[str, Any], size: Size, gpu: Mapping[str, float])
     return seconds
 
 
+def _what_memory_follows_from(science: Mapping[str, Any]) -> str:
+    """Of the trainings of one model: method, task and the size of a step."""
+    task, trainer = science["task"], science["trainer"]
+    keys = ("micro_batch_size", "precision", "gradient_checkpointing")
+    what = [science["method"], task["name"], task["max_length"], *(trainer.get(key) for key in keys)]
+    return json.dumps(what, sort_keys=True)
+
+
 @dataclass(frozen=True)
 class Pace:
     """What the records of a model on CPUs tell.
@@ -160,23 +172,28 @@ class Pace:
         training: seconds for each trained example, by (task, method).
         grading: seconds for each graded row, by eval.
         per_token: seconds for each token in training, of all tasks and methods together; None without a training.
+        memory: the highest peak of a training process in bytes, by what it follows from.
     """
 
     training: Mapping[tuple[str, str], float]
     grading: Mapping[str, float]
     per_token: float | None
+    memory: Mapping[str, int]
 
     @classmethod
     def of(cls, records: Sequence[Mapping[str, Any]]) -> Pace:
         training: dict[tuple[str, str], list[float]] = defaultdict(list)
         grading: dict[str, list[float]] = defaultdict(list)
         per_token = []
+        memory: dict[str, int] = defaultdict(int)
         for record in records:
             report, config = record["train"], record["config"]
             if report is not None and report["examples"]:
                 key = config["task"]["name"], config["method"]["name"]
                 training[key].append(report["seconds"] / report["examples"])
                 per_token.append(report["seconds"] / report["tokens"])
+                needs = _what_memory_follows_from(config)
+                memory[needs] = max(memory[needs], report["peak_memory_bytes"] or 0)
             for name, result in record["eval"].items():
                 rows = next(iter(result["metrics"].values()))["n"]
                 if rows and result.get("seconds") is not None:
@@ -185,7 +202,16 @@ class Pace:
             {key: statistics.median(found) for key, found in training.items()},
             {name: statistics.median(found) for name, found in grading.items()},
             statistics.median(per_token) if per_token else None,
+            {key: peak for key, peak in memory.items() if peak},
         )
+
+    def peak(self, science: Mapping[str, Any]) -> int | None:
+        """The highest measured peak of this training in bytes; None if none was measured.
+
+        Args:
+            science: a cell's, which is the config that its record keeps.
+        """
+        return self.memory.get(_what_memory_follows_from(science)) if trains(science["method"]) else None
 
     def seconds(self, config: Mapping[str, Any]) -> float | None:
         """Of a cell; None if a part of it is not known."""
@@ -224,11 +250,11 @@ def estimate(cell: Cell, paces: Mapping[str, Pace] | None = None) -> Estimate:
     config = cell.config
     size = size_of(config)
     if cell.scale in _ON_GPU:
-        seconds = {name: gpu_seconds(config, size, gpu) for name, gpu in assumptions()["gpus"].items()}
-    else:
-        pace = (paces or {}).get(config["model"]["name"])
-        seconds = {"CPU": pace.seconds(config) if pace else None}
-    return Estimate(size, _memory(config, size), seconds)
+        hours = {name: gpu_seconds(config, size, gpu) for name, gpu in assumptions()["gpus"].items()}
+        return Estimate(size, _memory(config, size), hours)
+    pace = (paces or {}).get(config["model"]["name"])
+    seconds = {"CPU": pace.seconds(config) if pace else None}
+    return Estimate(size, _memory(config, size), seconds, pace.peak(cell.science) if pace else None)
 
 
 def paces_of(store: Store) -> dict[str, Pace]:
@@ -283,8 +309,11 @@ def _row(group: Sequence[Estimate]) -> str:
     counted = f"{trainable[0]:,}" + (f" to {trainable[-1]:,}" if len(trainable) > 1 else "")
     share = trainable[-1] / group[0].size.base
     memory = max(e.memory_bytes for e in group)
+    measured = [e.measured_bytes for e in group if e.measured_bytes]
     said = [f"{counted} trainable parameters ({share:.3%})"]
-    if memory:
+    if memory and len(measured) == len(group):
+        said.append(f"training memory {max(measured) / 2**30:,.1f} GiB as measured")
+    elif memory:
         said.append(f"training memory {memory / 2**30:,.1f} GiB")
         if "CPU" not in group[0].seconds and memory > max(g["memory"] for g in assumptions()["gpus"].values()):
             said[-1] += " (more than one 80 GB GPU)"
