@@ -50,6 +50,7 @@ def test_a_dry_run_tells_what_it_would_take(name: str, tmp_path: Path, caplog: p
     assert "h on one A100 80 GB or" in total[2]
     assert "unknown time" not in said, "every task and eval of a paper-scale table is in configs/estimate.yaml"
     assert "trainable parameters" in said
+    assert "no cell is graded on it" not in said, "an optional eval is one that some cell asks for"
     assert "weights: " in said
     assert "data: " in said
     if "llama" in said:

@@ -398,6 +398,22 @@ def test_a_wrong_override_names_table_and_row() -> None:
         plan(wrong, "smoke", weights_needed=False)
 
 
+def test_two_rows_that_are_one_experiment_are_refused() -> None:
+    table = spec()
+    table["rows"]["again"] = {"overrides": list(table["rows"]["lora"]["overrides"])}
+    table["scales"]["smoke"]["rows"] = ["lora", "again"]
+    with pytest.raises(ConfigError, match=r"^table2, scale smoke: rows lora and again are the same experiment \(LoRA"):
+        plan(table, "smoke", weights_needed=False)
+
+
+def test_a_column_that_no_cell_of_a_row_can_fill_is_refused() -> None:
+    table = several()
+    table["scales"]["smoke"]["columns"][0]["eval"] = "chain_sums"
+    fault = r"column sums: no cell of row base is graded on chain_sums; did you mean 'chain_sum'\?"
+    with pytest.raises(ConfigError, match=fault):
+        plan(table, "smoke", weights_needed=False)
+
+
 def test_choose_scale_says_what_it_picks(caplog: pytest.LogCaptureFixture) -> None:
     import torch
 

@@ -6,7 +6,7 @@ through a function that the caller gives.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from kronlab.cell import Cell, compose_config, digest, explain, make_cell
 from kronlab.data import available
+from kronlab.data.common import did_you_mean
 from kronlab.errors import ConfigError
 from kronlab.methods import label, trains
 from kronlab.runs import Store
@@ -192,9 +193,31 @@ def plan(
     leave_out = Nothing() if every_eval else leave_out or Unavailable()
     planner = _Planner(spec, scale, list(overrides), weights_needed, leave_out, find)
     rows = [planner.row(group, key) for group in layout.get("groups") or {"": []} for key in layout["rows"]]
+    for fault in _faults(layout, rows):
+        raise ConfigError(f"{spec['name']}, scale {scale}: {fault}")
     graded = {name for row in rows for cell in row.cells for name in cell.config["eval"]}
     missing = [name for name in layout.get("optional_evals", []) if name not in graded]
     return rows, [f"{name} is left out: {leave_out.why(name)}" for name in missing]
+
+
+def _faults(layout: Mapping[str, Any], rows: Sequence[PlannedRow]) -> Iterator[str]:
+    """Rows that would be the same numbers twice, and columns that no cell can fill."""
+    seen: dict[str, PlannedRow] = {}
+    for row in rows:
+        for cell in row.cells:
+            other = seen.setdefault(cell.id, row)
+            if other is not row:
+                yield f"rows {other.key} and {row.key} are the same experiment ({row.name}); leave one of them out"
+    optional = set(layout.get("optional_evals", []))
+    for key in layout["rows"]:  # over all groups: one whose arms are its own may lack a column
+        own = [row for row in rows if row.key == (f"{row.group}/{key}" if row.group else key)]
+        graded = {name for row in own for cell in row.cells for name in cell.config["eval"]}
+        for column in layout.get("columns", []):
+            if "eval" in column and column["eval"] not in graded | optional:
+                yield (
+                    f"column {column['title']}: no cell of row {key} is graded on {column['eval']}"
+                    f"{did_you_mean(column['eval'], sorted(graded))}"
+                )
 
 
 @dataclass(frozen=True)
