@@ -15,7 +15,18 @@ from kronlab.cell import CONFIG_DIR
 from kronlab.errors import ConfigError
 from kronlab.layout import plan
 from kronlab.report.figures import draw
-from kronlab.report.sequential import Task, arm, backward, build, chains_of, pairs_of, retention, tasks_of, trained_on
+from kronlab.report.sequential import (
+    Task,
+    arm,
+    backward,
+    build,
+    chains_of,
+    overall,
+    pairs_of,
+    retention,
+    tasks_of,
+    trained_on,
+)
 from kronlab.report.tables import RowResult
 
 N = 40
@@ -178,7 +189,8 @@ def test_the_table(tmp_path: Path) -> None:
     assert forgetting.values == pytest.approx([32.5, 5, 27.5, 7.5, 30, 6.25])
     assert forgetting.cells[0].startswith("+32.5 [")
     assert forgetting.cells[0].endswith("]"), "two seeds are too few for an interval that excludes 0"
-    assert forgetting.cells[4] == "+30.0"
+    assert forgetting.cells[4].startswith("+30.0 [")
+    assert by_title["kept share (%)"].more["low"][4:] == [None, None]
     apart = by_title["first task, after the second: difference to lora r=8 (points)"]
     assert apart.values[1] == pytest.approx(27.5)
     assert apart.values[0] is None
@@ -191,6 +203,19 @@ def test_the_table(tmp_path: Path) -> None:
     assert sum(line["trained on"] == "a > b" for line in lines) == 8  # two rows, two seeds, two tasks
     assert len((tmp_path / "table10.csv").read_text().splitlines()) == 7
     assert "\\to" in (tmp_path / "table10.tex").read_text()
+
+
+def test_the_interval_of_a_mean_over_pairs_knows_that_they_share_samples_and_seeds() -> None:
+    """Two pairs that say the same of the same samples are no better known than one of them."""
+    twice = row("lora", (32, 32, 16, 32, 16, 32), (30, 30, 20, 30, 20, 30))
+    one, both = retention(twice, A, B), overall(twice, KRON, [(A, B), (B, A)])
+    for pair, mean in ((one.forgetting, both.forgetting), (one.transfer, both.transfer)):
+        assert pair is not None
+        assert mean is not None
+        assert (mean.mean, mean.low, mean.high) == pytest.approx((pair.mean, pair.low, pair.high))
+    assert both.apart is not None
+    assert both.apart.mean == pytest.approx(((16 - 30) + (20 - 28) + (16 - 20) + (20 - 18)) / 4 / N)
+    assert overall(twice, None, [(A, B), (B, A)]).apart is None
 
 
 C = Task("c", "c", "acc", "Task C")

@@ -125,8 +125,48 @@ def retention(row: RowResult, first: Task, second: Task) -> Retention:
         second=_mean(other, second),
         reached=_mean(both, second),
         share=_share(alone, both, first),
-        forgetting=difference(alone, both, first.eval, first.metric),
-        transfer=difference(both, other, second.eval, second.metric),
+        forgetting=contrast([_forgetting(row, first, second)]),
+        transfer=contrast([_transfer(row, first, second)]),
+    )
+
+
+def _forgetting(row: RowResult, first: Task, second: Task, weight: float = 1.0) -> Term:
+    return Term(weight, arm(row, first.name), arm(row, first.name, second.name), first.eval, first.metric)
+
+
+def _transfer(row: RowResult, first: Task, second: Task, weight: float = 1.0) -> Term:
+    return Term(weight, arm(row, first.name, second.name), arm(row, second.name), second.eval, second.metric)
+
+
+def _kept_apart(row: RowResult, reference: RowResult, first: Task, second: Task, weight: float = 1.0) -> Term:
+    ours, theirs = (arm(r, first.name, second.name) for r in (row, reference))
+    return Term(weight, ours, theirs, first.eval, first.metric)
+
+
+@dataclass(frozen=True)
+class Overall:
+    """One method's means over all ordered pairs; None where records are missing.
+
+    The intervals allow for what pairs share: test samples are drawn anew once for all pairs, and so are seeds.
+    They speak of these tasks, not of others.
+
+    Attributes:
+        forgetting, transfer: as in `Retention`. apart: A_i(i, j) minus the baseline's; None for the baseline.
+    """
+
+    forgetting: Difference | None
+    transfer: Difference | None
+    apart: Difference | None
+
+
+def overall(row: RowResult, reference: RowResult | None, pairs: Sequence[tuple[Task, Task]]) -> Overall:
+    """What the records of a row say about all pairs together."""
+    weight = 1 / len(pairs)
+    apart = [_kept_apart(row, reference, *pair, weight) for pair in pairs] if reference is not None else None
+    return Overall(
+        forgetting=contrast([_forgetting(row, *pair, weight) for pair in pairs]),
+        transfer=contrast([_transfer(row, *pair, weight) for pair in pairs]),
+        apart=contrast(apart) if apart else None,
     )
 
 
@@ -186,13 +226,13 @@ def build(spec: Mapping[str, Any], scale: str, rows: Sequence[RowResult], *, ext
             shown.append(replace(row, group=f"{first.name}>{second.name}"))
             found.append(retention(row, first, second))
     kept = [_kept_difference(spec, methods, row, *pair) for pair in pairs for row in methods]
-    columns = _columns(found, kept, _label(methods, spec["baseline"]))
-    columns[2:2] = _published(spec, scale, shown, found)
-    if len(pairs) > 1:
-        groups += ["mean of all pairs"] * len(methods)
-        keys += [f"mean/{row.key}" for row in methods]
-        shown += methods
-        columns = [_with_means(column, len(methods), len(pairs)) for column in columns]
+    several = methods if len(pairs) > 1 else []
+    means = [overall(row, baseline_of(row, methods, spec["baseline"]), pairs) for row in several]
+    columns = _columns(found, kept, _label(methods, spec["baseline"]), means)
+    columns[2:2] = [_with_means(column, len(means)) for column in _published(spec, scale, shown, found)]
+    groups += ["mean of all pairs"] * len(several)
+    keys += [f"mean/{row.key}" for row in several]
+    shown += several
     return Table(
         name=spec["name"],
         scale=scale,
@@ -276,22 +316,27 @@ def _kept_difference(
     spec: Mapping[str, Any], rows: Sequence[RowResult], row: RowResult, first: Task, second: Task
 ) -> Difference | None:
     reference = baseline_of(row, rows, spec["baseline"])
-    if reference is None:
-        return None
-    ours, theirs = (arm(r, first.name, second.name) for r in (row, reference))
-    return difference(ours, theirs, first.eval, first.metric)
+    return None if reference is None else contrast([_kept_apart(row, reference, first, second)])
 
 
-def _columns(found: Sequence[Retention], kept: Sequence[Difference | None], baseline: str) -> list[Column]:
-    return [
+def _columns(
+    found: Sequence[Retention], kept: Sequence[Difference | None], baseline: str, means: Sequence[Overall]
+) -> list[Column]:
+    scores = [
         _score("first task, alone (%)", [r.first for r in found]),
         _score("first task, after the second (%)", [r.kept for r in found]),
         _score("second task, alone (%)", [r.second for r in found]),
         _score("second task, after the first (%)", [r.reached for r in found]),
         _interval("kept share (%)", [r.share for r in found], _PAIRED, signed=False),
-        _interval("forgetting (points)", [r.forgetting for r in found], _PAIRED),
-        _interval("forward transfer (points)", [r.transfer for r in found], _PAIRED),
-        _interval(f"first task, after the second: difference to {baseline} (points)", kept, _PAIRED),
+    ]
+    forgetting = [*(r.forgetting for r in found), *(mean.forgetting for mean in means)]
+    transfer = [*(r.transfer for r in found), *(mean.transfer for mean in means)]
+    apart = [*kept, *(mean.apart for mean in means)]
+    return [
+        *(_with_means(column, len(means)) for column in scores),
+        _interval("forgetting (points)", forgetting, _PAIRED),
+        _interval("forward transfer (points)", transfer, _PAIRED),
+        _interval(f"first task, after the second: difference to {baseline} (points)", apart, _PAIRED),
     ]
 
 
@@ -339,17 +384,16 @@ def _published(
         yield Column("first task, after the second: ours − published (points)", cells, apart)
 
 
-def _with_means(column: Column, methods: int, pairs: int) -> Column:
+def _with_means(column: Column, methods: int) -> Column:
     """The column with the mean over all pairs for each method; where a pair is missing, there is none."""
     means: list[float | None] = []
     for method in range(methods):
-        values = [column.values[pair * methods + method] for pair in range(pairs)]
+        values = column.values[method::methods]
         known = [value for value in values if value is not None]
-        means.append(statistics.fmean(known) if len(known) == pairs else None)
-    sign = "+" if column.block and not column.title.startswith("kept share") else ""
+        means.append(statistics.fmean(known) if len(known) == len(values) else None)
     return replace(
         column,
-        cells=[*column.cells, *["" if mean is None else f"{mean:{sign}.1f}" for mean in means]],
+        cells=[*column.cells, *["" if mean is None else f"{mean:.1f}" for mean in means]],
         values=[*column.values, *means],
         more={what: [*numbers, *[None] * methods] for what, numbers in column.more.items()},
     )
@@ -379,7 +423,7 @@ def _on_intervals() -> list[str]:
     return [
         "Forgetting: first task alone minus first task after the second. Forward transfer: second task after the first "
         "minus second task alone. Kept share: first task after the second, in percent of what it was alone.",
-        f"{_INTERVALS} Means over pairs have none: pairs share tasks.",
+        f"{_INTERVALS} The mean of the kept shares has none: it is no weighted sum of accuracies.",
     ]
 
 
