@@ -406,10 +406,10 @@ def test_two_rows_that_are_one_experiment_are_refused() -> None:
         plan(table, "smoke", weights_needed=False)
 
 
-def test_a_column_that_no_cell_of_a_row_can_fill_is_refused() -> None:
+def test_a_column_that_no_cell_can_fill_is_refused() -> None:
     table = several()
     table["scales"]["smoke"]["columns"][0]["eval"] = "chain_sums"
-    fault = r"column sums: no cell of row base is graded on chain_sums; did you mean 'chain_sum'\?"
+    fault = r"column sums: no cell is graded on chain_sums; did you mean 'chain_sum'\?"
     with pytest.raises(ConfigError, match=fault):
         plan(table, "smoke", weights_needed=False)
 

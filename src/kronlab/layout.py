@@ -208,16 +208,11 @@ def _faults(layout: Mapping[str, Any], rows: Sequence[PlannedRow]) -> Iterator[s
             other = seen.setdefault(cell.id, row)
             if other is not row:
                 yield f"rows {other.key} and {row.key} are the same experiment ({row.name}); leave one of them out"
-    optional = set(layout.get("optional_evals", []))
-    for key in layout["rows"]:  # over all groups: one whose arms are its own may lack a column
-        own = [row for row in rows if row.key == (f"{row.group}/{key}" if row.group else key)]
-        graded = {name for row in own for cell in row.cells for name in cell.config["eval"]}
-        for column in layout.get("columns", []):
-            if "eval" in column and column["eval"] not in graded | optional:
-                yield (
-                    f"column {column['title']}: no cell of row {key} is graded on {column['eval']}"
-                    f"{did_you_mean(column['eval'], sorted(graded))}"
-                )
+    graded = {name for row in rows for cell in row.cells for name in cell.config["eval"]}
+    for column in layout.get("columns", []):
+        if "eval" in column and column["eval"] not in graded | set(layout.get("optional_evals", [])):
+            near = did_you_mean(column["eval"], graded)
+            yield f"column {column['title']}: no cell is graded on {column['eval']}{near}"
 
 
 @dataclass(frozen=True)
