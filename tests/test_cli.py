@@ -11,9 +11,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from kronlab import cell, interrupt
 from kronlab.cli import run_main
 from kronlab.errors import ConfigError, KronlabError
 
@@ -161,3 +163,42 @@ def test_ctrl_c_says_how_to_go_on_and_leaves_no_record(tmp_path: Path) -> None:
     assert found, err
     assert [path.name for path in tmp_path.glob("checkpoints/*/checkpoint-*")] == [f"checkpoint-{found[1]}"]
     assert records(tmp_path) == {}
+
+
+@pytest.mark.parametrize("guarded", [False, True])
+def test_a_signal_while_a_config_is_composed_stops_behind_it(monkeypatch: pytest.MonkeyPatch, guarded: bool) -> None:
+    """Raised inside, it comes out of Hydra as another error once in thirty times."""
+    whole, finished = cell._compose, []
+
+    def struck(overrides: tuple[str, ...], name: str) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        finished.append(whole(overrides, name))
+        return finished[0]
+
+    monkeypatch.setattr(cell, "_compose", struck)
+
+    def compose_in_a_cell() -> None:
+        with interrupt.guarded():
+            assert cell.compose_config(["scale=smoke"]).scale == "smoke"
+            assert interrupt.pending()
+
+    with pytest.raises(interrupt.Interrupted, match="stopped by SIGTERM"), interrupt.listening():
+        compose_in_a_cell() if guarded else cell.compose_config(["scale=smoke"])
+    assert len(finished) == 1
+    assert not interrupt.pending()
+
+
+def test_an_error_that_took_the_place_of_a_stop_is_a_stop(capsys: pytest.CaptureFixture[str]) -> None:
+    def masked() -> None:
+        try:
+            try:
+                raise interrupt.Interrupted(signal.SIGTERM)
+            finally:
+                raise KeyError("defaults")
+        except KeyError as error:
+            raise ConfigError("defaults: not there yet") from error
+
+    with pytest.raises(SystemExit) as left:
+        run_main(masked)
+    assert left.value.code == 143
+    assert capsys.readouterr().err == "stopped by SIGTERM; the same command goes on from here\n"

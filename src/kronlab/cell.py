@@ -19,7 +19,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from kronlab import models
+from kronlab import interrupt, models
 from kronlab.adapters.quantize import format_of
 from kronlab.data.common import did_you_mean
 from kronlab.errors import ConfigError
@@ -313,8 +313,9 @@ def compose_config(overrides: Sequence[str], *, name: str = "config") -> DictCon
     """
     check_groups(overrides)
     try:
-        config = _compose(first_look(overrides), name)
-        return with_stages(config, overrides, partial(_composed_stage, name=name))
+        with interrupt.held():
+            config = _compose(first_look(overrides), name)
+            return with_stages(config, overrides, partial(_composed_stage, name=name))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error)) from error
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -16,10 +17,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from kronlab import interrupt, processes, runs
 from kronlab.cell import check_groups, explain
-from kronlab.errors import KronlabError
+from kronlab.errors import ConfigError, KronlabError
 from kronlab.runs import refused_by_disk
 
 T = TypeVar("T")
+# What the clean-up of Hydra and OmegaConf raises where a signal falls between two of its lines.
+_MASKS = (HydraException, OmegaConfBaseException, ConfigError, AttributeError, NameError)
 _failed_jobs = 0  # of the sweep that this process runs
 
 
@@ -32,7 +35,7 @@ def start(main: Callable[[], None], *, finish: Callable[[], int] = lambda: 0) ->
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # otherwise Hydra prints its own lines and leaves with status 1
     try:
         check_groups(sys.argv[1:])
-        with interrupt.listening():
+        with interrupt.listening(), _unmasked():
             main()
             status = processes.led(finish) or 0
     except (HydraException, OmegaConfBaseException) as error:
@@ -70,7 +73,7 @@ def run_main(work: Callable[[], T]) -> T | None:
     global _failed_jobs
     in_sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
     try:
-        with interrupt.listening():
+        with interrupt.listening(), _unmasked():
             return processes.led(work)
     except (KronlabError, OSError) as error:
         told = error if isinstance(error, KronlabError) else refused_by_disk(error)
@@ -86,6 +89,18 @@ def run_main(work: Callable[[], T]) -> T | None:
         if in_sweep:
             raise
         _leave(stop)
+
+
+@contextmanager
+def _unmasked() -> Iterator[None]:
+    """Where an error has taken the place of a stop, raise the stop."""
+    try:
+        yield
+    except _MASKS as error:
+        stop = interrupt.behind(error)
+        if stop is None:
+            raise
+        raise stop from None
 
 
 def _leave(stop: KeyboardInterrupt) -> NoReturn:

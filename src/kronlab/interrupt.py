@@ -18,6 +18,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 
 _pending: int | None = None  # the signal that was noted
 _depth = 0  # of `guarded` blocks
+_held = 0  # depth of `held` blocks
 _listening = False
 _where = ""
 _abandoned: Exception | None = None
@@ -131,10 +132,46 @@ def guarded() -> Iterator[None]:
         check()
 
 
+@contextmanager
+def held() -> Iterator[None]:
+    """Keep a signal off the block, which is short; behind it the work stops, in a guarded block as that one does.
+
+    For code of others that an exception between any two lines puts in disorder: what Hydra's and OmegaConf's clean-up
+    raises then takes the place of `Interrupted`.
+    """
+    global _held
+    with listening():
+        _held += 1
+        try:
+            yield
+        finally:
+            _held -= 1
+        if not _held and not _depth:
+            check()
+
+
+def behind(error: BaseException) -> Interrupted | None:
+    """The stop during whose handling an error was raised, if there was one."""
+    seen: set[int] = set()
+    left: list[BaseException | None] = [error]
+    while left:
+        one = left.pop()
+        if isinstance(one, Interrupted):
+            return one
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            left += [one.__cause__, one.__context__]
+    return None
+
+
 def _note(signum: int, frame: FrameType | None) -> None:
     global _pending
-    if _depth == 0 or _pending is not None:
+    if not _held and (_depth == 0 or _pending is not None):
         raise Interrupted(signum, _where)
+    if _pending is not None:
+        return
     _pending = signum
+    if not _depth:
+        return
     name = signal.Signals(signum).name
     os.write(2, f"{name}: stopping at the next step; once more stops at once\n".encode())  # print may be under way
