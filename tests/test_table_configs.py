@@ -1,4 +1,4 @@
-"""Every table config that is made of cells: what it names is there. That all its rows compose: test_all_tables.py."""
+"""Every table config that is made of cells: all rows at all scales compose, and what a table names is there."""
 
 from __future__ import annotations
 
@@ -64,6 +64,20 @@ def published_of(spec: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any
         for row, cells in section.items():
             for column, cell in cells.items():
                 yield row, column, cell
+
+
+@pytest.mark.parametrize(("name", "scale"), CELLS, ids=[f"{name}-{scale}" for name, scale in CELLS])
+def test_every_row_of_every_scale_is_a_cell(name: str, scale: str) -> None:
+    spec = TABLES[name]
+    layout = spec["scales"][scale]
+    cells = {place: cell_of(overrides_of(spec, scale, *place), layout["seeds"][0]) for place in places(layout)}
+    assert len({cell.id for cell in cells.values()}) == len(cells), "two rows are the same experiment"
+    assert {cell.scale for cell in cells.values()} == {scale}
+    assert set(layout.get("optional_evals", [])) <= {e for cell in cells.values() for e in cell.config["eval"]}
+    for key in layout["rows"]:  # a group whose arms are its own may lack a column
+        graded = {e for place, cell in cells.items() if place[2] == key for e in cell.config["eval"]}
+        for column in layout["columns"]:
+            assert column.get("mean_of") or column["eval"] in graded, f"{key}: no eval {column['eval']}"
 
 
 @pytest.mark.parametrize(("name", "scale"), CELLS, ids=[f"{name}-{scale}" for name, scale in CELLS])
